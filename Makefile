@@ -1,0 +1,52 @@
+# Everything here makes its own virtual environment first; PYTHON is the interpreter it is made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out
+
+# Installed once, and again when what is declared changes.
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help venv demo test test-gpu lint golden build docs clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+venv: $(INSTALLED)  ## Make .venv with everything, as pinned in constraints.txt.
+
+$(INSTALLED): pyproject.toml runtime/pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "quantkit needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ./runtime -e '.[all,dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Quantize the embedded FLUX, compare it with BF16, write the report.
+	$(BIN)/quantkit quantize --recipe demo-flux --output $(OUT)/demo-w4a16 --overwrite
+	$(BIN)/quantkit compare --task t2i --reference demo --candidate $(OUT)/demo-w4a16 --recipe demo-flux \
+	  --output $(OUT)/demo-report --overwrite
+
+test: $(INSTALLED)  ## Run all tests that need no accelerator.
+	$(BIN)/python -m pytest -m 'not gpu and not network' $(PYTEST_ARGS)
+
+test-gpu: $(INSTALLED)  ## Run the tests that need an accelerator.
+	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
+
+lint: $(INSTALLED)  ## ruff, mypy --strict, import-linter.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+golden: $(INSTALLED)  ## Write the golden files anew; look at the diff before committing it.
+	QUANTKIT_UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
+
+build: $(INSTALLED)  ## Build both wheels into dist/.
+	$(BIN)/python -m build --no-isolation --wheel --outdir dist runtime
+	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
+
+docs: $(INSTALLED)  ## Build the documentation into site/.
+	$(BIN)/mkdocs build --strict
+
+clean:  ## Remove what the targets above made, but the environment.
+	rm -rf dist site $(OUT) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

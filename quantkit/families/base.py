@@ -1,0 +1,120 @@
+"""What quantkit asks of a model family.
+
+A family that is a diffusers pipeline with Linears in repeated blocks needs no more than an instance of
+`DiffusionFamily`; see ``flux.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.checkpoint import Component
+from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
+from quantkit.recipe.schema import Sampling, Task
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A Linear layer of the architecture."""
+
+    name: str
+    in_features: int
+    out_features: int
+    keep_reason: str | None
+    """Why the family leaves it in 16 bit; None if it is quantized by default."""
+
+
+@dataclass(frozen=True)
+class DiffusionFamily:
+    """A family whose models are diffusers pipelines.
+
+    Attributes:
+        name: As recipes spell it.
+        task: What its models do.
+        blocks: For each component that is quantized, the module lists that hold its repeated blocks. Linears
+            inside are quantized, those outside (embedders, final norm and projection) stay in 16 bit, as in
+            the published checkpoints.
+        sampling: Defaults of every sampling key that the pipelines take. A key that is None here is not a
+            parameter of the family.
+    """
+
+    name: str
+    task: Task
+    blocks: Mapping[str, tuple[str, ...]]
+    sampling: Sampling
+
+    def sampling_for(self, *layers: Sampling) -> Sampling:
+        """Return the family's sampling defaults, overlaid by each of the given in turn.
+
+        Raises:
+            RecipeError: If one of them names a key that the family's pipelines do not take.
+        """
+        result = self.sampling
+        for layer in layers:
+            unknown = layer.given().keys() - self.sampling.given().keys()
+            if unknown:
+                raise RecipeError(
+                    f"sampling: {self.name} takes no {', '.join(sorted(unknown))} "
+                    f"(it takes {', '.join(self.sampling.given())})"
+                )
+            result = layer.over(result)
+        return result
+
+    def call_kwargs(self, sampling: Sampling) -> dict[str, Any]:
+        """Return the keyword arguments of a pipeline call, without prompt, generator and callback."""
+        return dict(sampling.given())
+
+    def build(self, component: Component) -> torch.nn.Module:
+        """Build the component's architecture on the meta device, from its configuration alone.
+
+        Raises:
+            MissingExtraError: If diffusers is not installed.
+            CheckpointError: If the configuration does not describe the class.
+        """
+        try:
+            import diffusers
+            import torch
+        except ImportError as error:
+            raise MissingExtraError(error.name or "diffusers", "quantize") from error
+        model_class = getattr(diffusers, component.class_name, None)
+        if component.library != "diffusers" or model_class is None:
+            raise CheckpointError(
+                f"{component.folder.parent / 'model_index.json'}: {component.name}: "
+                f"{component.library}.{component.class_name} is no class of the installed diffusers"
+            )
+        config = {key: value for key, value in component.config.items() if key != "quantization_config"}
+        try:
+            with torch.device("meta"):
+                model: torch.nn.Module = model_class.from_config(config)
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{component.folder / 'config.json'}: does not describe a {component.class_name}: {error}"
+            ) from error
+        return model
+
+    def linears(self, component: Component, model: torch.nn.Module) -> Iterator[Linear]:
+        """Yield every Linear of a component in the order of its modules."""
+        import torch
+
+        blocks = tuple(f"{name}." for name in self.blocks[component.name])
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                reason = None if name.startswith(blocks) else "outside the blocks"
+                yield Linear(name, module.in_features, module.out_features, reason)
+
+    def load(self, folder: Path, dtype: torch.dtype) -> Any:
+        """Load a reference pipeline for calibration, on the CPU.
+
+        Args:
+            folder: A local pipeline folder.
+            dtype: Of the floating-point weights.
+        """
+        from quantkit_runtime import load_pipeline
+
+        return load_pipeline(folder, device="cpu", dtype=dtype)

@@ -1,0 +1,17 @@
+"""Recipes: their schema, reading them with every mistake named, finding them and their prompts."""
+
+from quantkit.recipe.load import LoadedRecipe, load_recipe, recipe_of
+from quantkit.recipe.locate import find_prompts, find_recipe, list_recipes
+from quantkit.recipe.prompts import read_prompts
+from quantkit.recipe.schema import Recipe
+
+__all__ = [
+    "LoadedRecipe",
+    "Recipe",
+    "find_prompts",
+    "find_recipe",
+    "list_recipes",
+    "load_recipe",
+    "read_prompts",
+    "recipe_of",
+]

@@ -1,0 +1,145 @@
+"""Atomic publishing: all work happens in a folder beside the output, which then takes the output's name.
+
+Killed at any moment, the output path holds what it held before or the complete new checkpoint, and the next run
+to the same output clears what was left behind. A lock on the staging folder, which the kernel drops with its
+process, tells leftovers from a run in progress.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quantkit.checkpoint import walk_files
+from quantkit.errors import OutputError
+
+
+class Staging:
+    """A folder beside the output in which a checkpoint comes into being.
+
+    Attributes:
+        output: Where the checkpoint will be.
+        checkpoint: Where it is built.
+        work: For files that are not part of it.
+    """
+
+    def __init__(self, output: Path, folder: Path) -> None:
+        self.output = output
+        self.checkpoint = folder / "checkpoint"
+        self.work = folder / "work"
+        self.checkpoint.mkdir()
+        self.work.mkdir()
+
+    def publish(self, *, overwrite: bool) -> None:
+        """Give the finished checkpoint the output's name.
+
+        Args:
+            overwrite: Replace an existing output; it is removed only after the new one is in place.
+
+        Raises:
+            OutputError: If the output has come into being meanwhile and overwrite is off.
+        """
+        _sync(self.checkpoint)
+        replaced: Path | None = None
+        if os.path.lexists(self.output):
+            if not overwrite:
+                raise OutputError(f"{self.output}: exists by now; give another --output or --overwrite")
+            replaced = Path(tempfile.mkdtemp(prefix=_prefix(self.output, "replaced"), dir=self.output.parent))
+            self.output.rename(replaced / "output")
+        self.checkpoint.rename(self.output)
+        _sync_entry(self.output.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+
+
+@contextmanager
+def stage(output: Path, *, overwrite: bool, need_bytes: int) -> Iterator[Staging]:
+    """Open a staging folder for an output, and remove it at the end whatever happens.
+
+    Args:
+        output: Where the checkpoint is to be; its parent folders are made.
+        overwrite: Whether an existing output may be replaced.
+        need_bytes: Free space that the run needs.
+
+    Raises:
+        OutputError: If the output exists, cannot be written, lacks space, or another run is writing it.
+    """
+    parent = output.parent
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    folder: Path | None = None
+    lock = -1
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(output)
+        if os.path.lexists(output) and not overwrite:
+            raise OutputError(f"{output}: exists; give another --output or --overwrite")
+        free = shutil.disk_usage(parent).free
+        if free < need_bytes:
+            raise OutputError(
+                f"{output}: needs {need_bytes / 1e9:.2f} GB of free space, has {free / 1e9:.2f} GB; "
+                "free some or give another --output"
+            )
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(output, "staging"), dir=parent))
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Staging(output, folder)
+        made = []
+    except OSError as error:
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise OutputError(f"{output}: cannot be written: {os.strerror(error.errno)}") from error
+        if error.errno in {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}:
+            raise OutputError(f"{output}: is no usable path: {os.strerror(error.errno)}") from error
+        raise
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)
+        for empty in made:
+            if empty.exists() and not any(empty.iterdir()):
+                empty.rmdir()
+
+
+def _prefix(output: Path, kind: str) -> str:
+    return f".{output.name}.{kind}-"
+
+
+def _clear_leftovers(output: Path) -> None:
+    """Undo what a killed run left: put back an output it was replacing, remove its staging folder."""
+    for replaced in output.parent.glob(f"{_prefix(output, 'replaced')}*"):
+        held = replaced / "output"
+        if os.path.lexists(held) and not os.path.lexists(output):
+            held.rename(output)
+        shutil.rmtree(replaced)
+    for folder in output.parent.glob(f"{_prefix(output, 'staging')}*"):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{output}: another run is writing it; wait for it or end it") from None
+        else:
+            shutil.rmtree(folder)
+        finally:
+            os.close(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    """Bring every file and folder below to disk, so that a rename cannot outrun the data."""
+    for path in walk_files(folder):
+        _sync_entry(path)
+    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
