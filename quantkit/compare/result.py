@@ -1,0 +1,212 @@
+"""What a comparison found, as it is written to ``result.json`` and read back to plot or judge again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from quantkit.errors import CheckpointError
+from quantkit.gate.verdict import Verdict
+from quantkit.recipe.schema import Sampling, Task
+
+RESULT_FILE = "result.json"
+REPORT_FILE = "report.html"
+IMAGES_FOLDER = "images"
+
+
+class Part(BaseModel):
+    """Base of all parts: unknown keys and numbers that are not finite are errors, instances don't change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Timing(Part):
+    """Median and 10 to 90 % range of a time; the unit is in the name of the field that holds it."""
+
+    median: float
+    p10: float
+    p90: float
+    count: int
+
+
+class ModelSide(Part):
+    """What was measured of one of the two models.
+
+    Attributes:
+        label: What people call it, e.g. ``demo``.
+        path: Folder it was loaded from.
+        manifest_sha256: Of its ``quantkit.json``; None if it has none.
+        quantization: Component -> scheme in words, e.g. ``W4A16, group 128, symmetric``; empty for 16 bit.
+        disk_bytes: Component -> bytes of its files.
+        weight_bytes: Component -> bytes of its parameters and buffers in memory.
+        peak_memory_bytes: Highest memory above the level before loading; None if it cannot be measured here.
+        peak_memory_note: How it was measured, or why it could not be.
+        load_s: Seconds to load.
+        step_ms: Milliseconds of a denoising step, the first of every image excluded; None with one step per image.
+        image_s: Seconds of an image, text encoding and decoding included.
+    """
+
+    label: str
+    path: str
+    manifest_sha256: str | None
+    quantization: dict[str, str]
+    disk_bytes: dict[str, int]
+    weight_bytes: dict[str, int]
+    peak_memory_bytes: int | None
+    peak_memory_note: str
+    load_s: float
+    step_ms: Timing | None
+    image_s: Timing
+
+
+class Item(Part):
+    """One prompt with one seed.
+
+    Attributes:
+        prompt: Index into the prompts.
+        seed: Seed of the initial noise.
+        latent_rel_l2: Relative L2 distance of the latents after every step.
+        latent_cosine: Cosine of the latents after every step.
+        metrics: Metric name -> value; empty if the item failed.
+        failure: What the candidate produced that cannot be scored; None if all is well.
+        reference_image: PNG, relative to the result's folder.
+        candidate_image: PNG; None if the candidate's image is not finite.
+        difference_image: PNG of the difference map; None as above.
+    """
+
+    prompt: int
+    seed: int
+    latent_rel_l2: tuple[float, ...]
+    latent_cosine: tuple[float, ...]
+    metrics: dict[str, float]
+    failure: str | None
+    reference_image: str
+    candidate_image: str | None
+    difference_image: str | None
+
+
+class Spread(Part):
+    """Distribution over all items, one entry per denoising step."""
+
+    minimum: tuple[float, ...]
+    p10: tuple[float, ...]
+    median: tuple[float, ...]
+    p90: tuple[float, ...]
+    maximum: tuple[float, ...]
+
+
+class Summary(Part):
+    """Mean over prompts of a metric and its 90 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class NoiseFloor(Part):
+    """The reference run twice on its first item: what differs without any quantization.
+
+    Attributes:
+        latent_rel_l2: Relative L2 distance of the latents after every step; all 0 where sampling is deterministic.
+        image_mae: Mean absolute difference of the two images, of 255.
+    """
+
+    latent_rel_l2: tuple[float, ...]
+    image_mae: float
+
+
+class Comparison(Part):
+    """A whole comparison.
+
+    Attributes:
+        schema_version: Of this layout.
+        created: UTC time, ISO 8601.
+        command: The command line that made it, empty when called as a library.
+        versions: Library -> version.
+        device: Device string and name, e.g. ``cuda (NVIDIA H100)``.
+        dtype: Of weights and activations, e.g. ``bfloat16``.
+        backend: Kernel backend asked for.
+        recipe: Path of the recipe; None without one.
+        recipe_sha256: Of the recipe's bytes.
+        family: Name of the model family.
+        task: What the models were asked to do.
+        sampling: How both were sampled, the family's defaults filled in.
+        scheduler: Class of the scheduler.
+        timesteps: The scheduler's timestep of every step.
+        prompts: Texts.
+        seeds: Seeds, each used with every prompt.
+        reference: The reference model.
+        candidate: The candidate model.
+        items: One per prompt and seed, prompts outermost.
+        latent_rel_l2: Distribution over the items per step; None if no item could be scored.
+        latent_cosine: Likewise.
+        metrics: Metric name -> summary over prompts.
+        unavailable: Metric name -> why it was not measured.
+        difference_map: What the difference images show, ``FLIP`` or ``absolute error``.
+        noise_floor: None if it was not asked for.
+        thresholds_source: Where the thresholds come from.
+        verdict: What the thresholds say.
+    """
+
+    schema_version: Literal[1]
+    created: str
+    command: tuple[str, ...]
+    versions: dict[str, str]
+    device: str
+    dtype: str
+    backend: str
+    recipe: str | None
+    recipe_sha256: str | None
+    family: str
+    task: Task
+    sampling: Sampling
+    scheduler: str
+    timesteps: tuple[float, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    reference: ModelSide
+    candidate: ModelSide
+    items: tuple[Item, ...]
+    latent_rel_l2: Spread | None
+    latent_cosine: Spread | None
+    metrics: dict[str, Summary]
+    unavailable: dict[str, str]
+    difference_map: str
+    noise_floor: NoiseFloor | None
+    thresholds_source: str
+    verdict: Verdict
+
+
+def write_result(result: Comparison, folder: Path) -> Path:
+    """Write ``result.json`` into a folder and return its path."""
+    path = folder / RESULT_FILE
+    path.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def read_result(path: Path) -> Comparison:
+    """Read a result that `write_result` wrote.
+
+    Args:
+        path: The JSON file, or the folder that holds it as ``result.json``.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or is no result of a schema version this quantkit reads.
+    """
+    file = path / RESULT_FILE if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    try:
+        return Comparison.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "file"
+        if key == "schema_version":
+            raise CheckpointError(f"{file}: schema_version: this quantkit reads version 1 only") from error
+        raise CheckpointError(
+            f"{file}: {key}: {first['msg']}; this is no result of quantkit compare, or a damaged one"
+        ) from error

@@ -1,0 +1,169 @@
+"""The tables of the report: rows of text, one function per table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from quantkit.compare.charts import interval_chart
+from quantkit.compare.metrics import METRICS
+from quantkit.compare.numbers import milliseconds, seconds, short, size, times
+from quantkit.compare.result import Comparison, Item, ModelSide
+from quantkit.compare.summary import sort_metric
+from quantkit.gate.thresholds import describe
+from quantkit.gate.verdict import FEW_PROMPTS, Row
+
+CAPTION_METRICS = {"flip": "FLIP", "psnr": "PSNR", "ssim": "SSIM", "latent_rel_l2": "latent L2"}
+"""Metrics beside every image, with names that fit there."""
+
+_ABSENT = "\N{EM DASH}"
+
+
+def tiles(result: Comparison) -> list[dict[str, str]]:
+    """Return the four numbers that a reader wants first."""
+    tiles = []
+    for name in ("latent_rel_l2", sort_metric(result.items)):
+        if name in result.metrics:
+            metric, summary = METRICS[name], result.metrics[name]
+            tiles.append(
+                {
+                    "label": metric.label,
+                    "value": short(summary.value),
+                    "note": f"90 % interval {short(summary.low)} to {short(summary.high)}",
+                }
+            )
+    ours, theirs = (sum(side.weight_bytes.values()) for side in (result.reference, result.candidate))
+    tiles.append(
+        {
+            "label": "Weights in memory",
+            "value": times(theirs / ours),
+            "note": f"{size(theirs)} instead of {size(ours)}",
+        }
+    )
+    if result.reference.step_ms and result.candidate.step_ms:
+        before, after = result.reference.step_ms.median, result.candidate.step_ms.median
+        tiles.append(
+            {
+                "label": "Time per step",
+                "value": times(after / before),
+                "note": f"{milliseconds(after)} instead of {milliseconds(before)}",
+            }
+        )
+    return tiles
+
+
+def threshold_rows(result: Comparison) -> list[dict[str, Any]]:
+    """Return one row per threshold, each with its interval as a chart."""
+    rows = []
+    for row in result.verdict.rows:
+        metric = METRICS[row.metric]
+        measured = row.value is not None and row.low is not None and row.high is not None
+        rows.append(
+            {
+                "name": row.metric,
+                "metric": metric,
+                "outcome": row.outcome,
+                "threshold": describe(row.threshold),
+                "value": short(row.value) if row.value is not None else _ABSENT,
+                "interval": f"{short(row.low or 0)} to {short(row.high or 0)}" if measured else "",
+                "chart": (
+                    interval_chart(
+                        f"{metric.label}: {row.reason}", row.value or 0, row.low or 0, row.high or 0, row.threshold
+                    )
+                    if measured
+                    else ""
+                ),
+                "note": row.reason if _needs_words(row) else "",
+            }
+        )
+    return rows
+
+
+def _needs_words(row: Row) -> bool:
+    """Return whether the numbers beside a verdict do not already say all of it."""
+    return row.outcome == "INCONCLUSIVE" or row.value is None or row.prompts < FEW_PROMPTS
+
+
+def other_rows(result: Comparison) -> list[dict[str, Any]]:
+    """Return one row per metric that no threshold bounds, and for those that could not be measured the reason."""
+    judged = {row.metric for row in result.verdict.rows}
+    return [
+        {
+            "name": name,
+            "metric": metric,
+            "value": short(result.metrics[name].value) if name in result.metrics else "unavailable",
+            "interval": (
+                f"{short(result.metrics[name].low)} to {short(result.metrics[name].high)}"
+                if name in result.metrics
+                else result.unavailable[name]
+            ),
+            "available": name in result.metrics,
+        }
+        for name, metric in METRICS.items()
+        if name not in judged and (name in result.metrics or name in result.unavailable)
+    ]
+
+
+def cost_rows(reference: ModelSide, candidate: ModelSide) -> list[dict[str, Any]]:
+    """Return what both models cost, one row per quantity; the ratio is candidate over reference."""
+
+    def row(label: str, ours: float | None, theirs: float | None, text: Any, note: str = "") -> dict[str, Any]:
+        return {
+            "label": label,
+            "reference": _ABSENT if ours is None else text(ours),
+            "candidate": _ABSENT if theirs is None else text(theirs),
+            "ratio": theirs / ours if ours and theirs is not None else None,
+            "note": note,
+        }
+
+    def spread(side: ModelSide) -> str:
+        timing = side.step_ms
+        return f"{milliseconds(timing.p10)} to {milliseconds(timing.p90)}" if timing else ""
+
+    rows = [
+        row("On disk", sum(reference.disk_bytes.values()), sum(candidate.disk_bytes.values()), size),
+        row("Weights in memory", sum(reference.weight_bytes.values()), sum(candidate.weight_bytes.values()), size),
+    ]
+    for name in candidate.quantization:
+        note = candidate.quantization[name]
+        rows.append(
+            row(
+                f"\N{EN DASH} {name}",
+                reference.weight_bytes.get(name),
+                candidate.weight_bytes.get(name),
+                size,
+                note,
+            )
+        )
+    ours, theirs = reference.step_ms, candidate.step_ms
+    rows += [
+        row(
+            "Peak memory",
+            reference.peak_memory_bytes,
+            candidate.peak_memory_bytes,
+            size,
+            candidate.peak_memory_note,
+        ),
+        row(
+            "Time per step, median",
+            ours.median if ours else None,
+            theirs.median if theirs else None,
+            milliseconds,
+            f"10 to 90 %: {spread(reference)}; {spread(candidate)}" if ours and theirs else "one step per image",
+        ),
+        row("Time per image, median", reference.image_s.median, candidate.image_s.median, seconds),
+        row("Time to load", reference.load_s, candidate.load_s, seconds),
+    ]
+    return rows
+
+
+def item_rows(groups: Sequence[Sequence[Item]]) -> list[dict[str, Any]]:
+    """Return one row per image in the order of the gallery."""
+    return [
+        {
+            "item": item,
+            "values": [short(item.metrics[name]) if name in item.metrics else _ABSENT for name in CAPTION_METRICS],
+        }
+        for group in groups
+        for item in group
+    ]

@@ -1,0 +1,1 @@
+"""Thresholds and the statistics that turn measurements into PASS, FAIL or INCONCLUSIVE."""

@@ -1,0 +1,236 @@
+"""Comparing real, tiny FLUX pipelines through the runtime's own loader and through the command line."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import build_flux
+
+from quantkit.compare.run import Request, compare
+from quantkit.recipe.schema import Sampling, Threshold
+
+PROMPTS = ("a red circle on the left", "a blue square on white")
+SAMPLING = Sampling(
+    height=16,
+    width=16,
+    num_inference_steps=4,
+    true_cfg_scale=2.0,
+    negative_prompt="black",
+    max_sequence_length=16,
+)
+
+
+def perturb(source, target, strength):
+    """Copy a pipeline with noise on the transformer's weights, relative to their spread."""
+    shutil.copytree(source, target)
+    file = target / "transformer" / "diffusion_pytorch_model.safetensors"
+    generator = torch.Generator().manual_seed(1)
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
+            tensors[name] = (tensor.float() + strength * noise).to(tensor.dtype)
+    save_file(tensors, file)
+    return target
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    torch.set_num_threads(1)
+    return build_flux(tmp_path_factory.mktemp("models") / "reference")
+
+
+@pytest.fixture(scope="module")
+def slight(reference):
+    return perturb(reference, reference.parent / "slight", 0.02)
+
+
+@pytest.fixture(scope="module")
+def strong(reference):
+    return perturb(reference, reference.parent / "strong", 0.5)
+
+
+@pytest.fixture(scope="module")
+def results(reference, slight, strong, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    return {
+        candidate.name: compare(
+            Request(
+                reference, candidate, PROMPTS, (0, 1), sampling=(SAMPLING,), device="cpu",
+                thresholds={"latent_rel_l2": Threshold(max=0.1)},
+            ),
+            folder / candidate.name,
+        )
+        for candidate in (reference, slight, strong)
+    }  # fmt: skip
+
+
+def test_a_pipeline_compared_with_itself_is_exactly_equal(results):
+    result = results["reference"]
+    assert result.verdict.outcome == "PASS"
+    assert {value for item in result.items for value in item.latent_rel_l2} == {0.0}
+    assert result.metrics["psnr"].value == 100
+    assert result.metrics["weight_memory_ratio"].value == 1
+    assert max(result.noise_floor.latent_rel_l2) == 0
+
+
+def test_more_perturbed_weights_diverge_more_at_every_step(results):
+    slight, strong = results["slight"].latent_rel_l2.median, results["strong"].latent_rel_l2.median
+    assert all(0 < less < more for less, more in zip(slight, strong, strict=True))
+    assert results["slight"].verdict.outcome == "PASS"
+    assert results["strong"].verdict.outcome == "FAIL"
+
+
+def test_the_recorded_steps_are_those_of_the_scheduler(results):
+    result = results["slight"]
+    assert result.scheduler == "FlowMatchEulerDiscreteScheduler"
+    assert len(result.timesteps) == 4
+    assert list(result.timesteps) == sorted(result.timesteps, reverse=True)
+
+
+def test_what_both_models_take_is_measured(results):
+    side = results["slight"].reference
+    assert side.weight_bytes.keys() == {"text_encoder", "text_encoder_2", "transformer", "vae"}
+    assert side.disk_bytes["transformer"] >= side.weight_bytes["transformer"] > 100_000
+    assert side.step_ms.count == 4 * 3
+    assert side.peak_memory_bytes is not None
+
+
+@pytest.fixture
+def quantkit(monkeypatch, capfd):
+    """Run the command line in this process; return exit code, standard output and standard error."""
+
+    def run(*arguments):
+        from quantkit.cli.main import main
+
+        monkeypatch.setattr("sys.argv", ["quantkit", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capfd.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+FLAGS = (
+    "--task", "t2i", "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--seeds", "3,4", "--height", "16",
+    "--width", "16", "--num-inference-steps", "2", "--max-sequence-length", "16", "--device", "cpu",
+)  # fmt: skip
+RECIPE = """
+version: 1
+model: {{id: {reference}, family: flux}}
+scheme: {{iters: 0}}
+sampling: {{height: 16, width: 16, num_inference_steps: 9, max_sequence_length: 16}}
+compare:
+  prompts: prompts.txt
+  seeds: [5]
+  num_inference_steps: 2
+  thresholds: {{latent_rel_l2: {{max: {bound}}}}}
+"""
+
+
+@pytest.fixture
+def recipe(reference, tmp_path):
+    def write(bound):
+        (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+        (tmp_path / "mine.yaml").write_text(RECIPE.format(reference=reference, bound=bound))
+        return tmp_path / "mine.yaml"
+
+    return write
+
+
+def test_the_command_line_ends_with_the_verdict_and_the_reports_path(quantkit, reference, slight, tmp_path):
+    code, out, _ = quantkit(
+        "compare", "--reference", reference, "--candidate", slight, "--output", tmp_path / "out", *FLAGS
+    )
+    assert code == 0
+    assert re.search(r"psnr\s+\S\s+[\d.]+ dB", out)
+    assert out.splitlines()[-1] == str(tmp_path / "out" / "report.html")
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["seeds"] == [3, 4]
+    assert result["command"][:2] == ["quantkit", "compare"]
+    assert (result["reference"]["label"], result["candidate"]["label"]) == ("reference", "slight")
+
+
+@pytest.mark.parametrize(("bound", "gate", "code"), [(0.9, True, 0), (1e-6, True, 1), (1e-6, False, 0)])
+def test_the_recipes_thresholds_decide_the_exit_code_with_gate_alone(
+    quantkit, recipe, slight, tmp_path, bound, gate, code
+):
+    ended, out, _ = quantkit(
+        "compare", "--recipe", recipe(bound), "--candidate", slight, "--output", tmp_path / "out",
+        "--device", "cpu", *(["--gate"] if gate else []),
+    )  # fmt: skip
+    assert ended == code
+    assert ("PASS" in out) == (bound == 0.9)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["prompts"] == list(PROMPTS)
+    assert (result["seeds"], len(result["timesteps"])) == ([5], 2)
+
+
+def test_flags_win_over_the_recipe(quantkit, recipe, slight, tmp_path):
+    code, _, _ = quantkit(
+        "compare", "--recipe", recipe(0.9), "--candidate", slight, "--output", tmp_path / "out", "--device", "cpu",
+        "--prompt", "a circle", "--seeds", "8", "--num-inference-steps", "3",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert code == 0
+    assert (result["prompts"], result["seeds"], len(result["timesteps"])) == (["a circle"], [8], 3)
+
+
+def test_an_undecided_comparison_exits_with_3(quantkit, reference, slight, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "undecided.yaml").write_text(
+        RECIPE.format(reference=reference, bound=1).replace("latent_rel_l2: {max: 1}", "lpips: {max: 1}")
+    )
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    code, out, _ = quantkit(
+        "compare", "--recipe", tmp_path / "undecided.yaml", "--candidate", slight, "--output", tmp_path / "out",
+        "--device", "cpu", "--gate",
+    )  # fmt: skip
+    assert code == 3
+    assert "not measured" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--height", "-1"], "--height: "),
+        (["--seeds", "1,x"], "--seeds: '1,x' is no list"),
+        (["--task", "t2x"], "--task: 't2x' is unknown"),
+        (["--prompts", "missing.txt"], "give one of the two"),
+        (["--device", "toaster"], "device: 'toaster'"),
+        (["--backend", "nonsense"], "backend: 'nonsense' is unknown"),
+        (["--candidate", "nowhere"], "nowhere: no such folder"),
+        (["--recipe", "no-such"], "no-such: no such recipe"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(quantkit, reference, tmp_path, arguments, message):
+    code, out, err = quantkit(
+        "compare",
+        "--reference",
+        reference,
+        "--candidate",
+        reference,
+        "--output",
+        tmp_path / "out",
+        *FLAGS,
+        *arguments,
+    )
+    assert code == 2
+    assert [message in line for line in err.splitlines() if line.startswith("error:")] == [True]
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_another_width_is_refused_in_one_line(quantkit, reference, tmp_path):
+    other = build_flux(tmp_path / "other", heads=2)
+    code, _, err = quantkit(
+        "compare", "--reference", reference, "--candidate", other, "--output", tmp_path / "out", *FLAGS
+    )
+    assert code == 2
+    assert "transformer.num_attention_heads 4 against 2" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
