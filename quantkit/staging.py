@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -16,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantkit.checkpoint import walk_files
 from quantkit.errors import OutputError
 
 
@@ -71,10 +71,11 @@ def stage(output: Path, *, overwrite: bool, need_bytes: int) -> Iterator[Staging
         OutputError: If the output exists, cannot be written, lacks space, or another run is writing it.
     """
     parent = output.parent
-    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    made: list[Path] = []
     folder: Path | None = None
     lock = -1
     try:
+        made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(output)
         if os.path.lexists(output) and not overwrite:
@@ -93,7 +94,8 @@ def stage(output: Path, *, overwrite: bool, need_bytes: int) -> Iterator[Staging
     except OSError as error:
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise OutputError(f"{output}: cannot be written: {os.strerror(error.errno)}") from error
-        if error.errno in {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}:
+        unusable = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY}
+        if error.errno in unusable or (error.errno == errno.ENOENT and folder is None):
             raise OutputError(f"{output}: is no usable path: {os.strerror(error.errno)}") from error
         raise
     finally:
@@ -112,12 +114,8 @@ def _prefix(output: Path, kind: str) -> str:
 
 def _clear_leftovers(output: Path) -> None:
     """Undo what a killed run left: put back an output it was replacing, remove its staging folder."""
-    for replaced in output.parent.glob(f"{_prefix(output, 'replaced')}*"):
-        held = replaced / "output"
-        if os.path.lexists(held) and not os.path.lexists(output):
-            held.rename(output)
-        shutil.rmtree(replaced)
-    for folder in output.parent.glob(f"{_prefix(output, 'staging')}*"):
+    # First the staging folders: while another run holds one, what it is replacing must stay where it is.
+    for folder in output.parent.glob(f"{glob.escape(_prefix(output, 'staging'))}*"):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,13 +125,16 @@ def _clear_leftovers(output: Path) -> None:
             shutil.rmtree(folder)
         finally:
             os.close(descriptor)
+    for replaced in output.parent.glob(f"{glob.escape(_prefix(output, 'replaced'))}*"):
+        held = replaced / "output"
+        if os.path.lexists(held) and not os.path.lexists(output):
+            held.rename(output)
+        shutil.rmtree(replaced)
 
 
 def _sync(folder: Path) -> None:
     """Bring every file and folder below to disk, so that a rename cannot outrun the data."""
-    for path in walk_files(folder):
-        _sync_entry(path)
-    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+    for path in [*folder.rglob("*"), folder]:
         _sync_entry(path)
 
 

@@ -20,6 +20,8 @@ from quantkit.errors import RecipeError
 from quantkit.recipe.schema import Recipe
 
 MANIFEST = "quantkit.json"
+_MAX_DEPTH = 20
+_MAX_KEYS = 10_000
 
 _Location = tuple[int | str, ...]
 
@@ -74,6 +76,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     except ValidationError as error:
         problems += [_describe(path, detail, lines, origins) for detail in error.errors()]
         raise RecipeError(*sorted(set(problems), key=_by_line)) from error
+    except (TypeError, ValueError) as error:  # a key that is a date, say, or a number of thousands of digits
+        raise RecipeError(*problems, f"{path}:1: holds something that no recipe can hold: {error}") from error
     if problems:
         raise RecipeError(*problems)
     return LoadedRecipe(recipe, path, hashlib.sha256(raw).hexdigest(), tuple(overrides))
@@ -108,8 +112,10 @@ def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[_Location, int]
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: is not valid YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: is not valid YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # PyYAML lets through what its constructors raise, for example for a date in month 13.
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"{path}:1: is not valid YAML: {reason}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path}:1: a recipe is a mapping of keys, for example 'version: 1'")
     lines: dict[_Location, int] = {}
@@ -121,6 +127,9 @@ def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[_Location, int]
 def _index_lines(
     node: yaml.Node | None, where: _Location, lines: dict[_Location, int], problems: list[str], path: Path
 ) -> None:
+    # An alias may hold itself, or ten of ten of ten: no recipe comes near these bounds.
+    if len(where) > _MAX_DEPTH or len(lines) > _MAX_KEYS:
+        raise RecipeError(f"{path}:{lines[where[:1]]}: {_dotted(where[:1])}: is nested too deep or holds too much")
     if isinstance(node, yaml.MappingNode):
         seen: set[Hashable] = set()
         for key, value in node.value:
@@ -144,7 +153,7 @@ def _apply_override(data: dict[str, Any], text: str, origins: dict[_Location, st
         raise RecipeError(f"--set {text}: write key.path=value, for example --set scheme.bits=4")
     try:
         parsed = yaml.load(value, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"--set {text}: the value is not valid YAML") from error
     target = data
     for part in keys[:-1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def read_prompts(path: Path) -> list[str]:
         RecipeError: If the file is missing, empty, of another kind, or lacks the column or key.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -34,25 +35,28 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _lines(_path: Path, text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if not line.lstrip().startswith("#")]
+    return [line.strip() for line in text.split("\n") if not line.lstrip().startswith("#")]
 
 
 def _table(path: Path, text: str) -> list[str]:
-    rows = csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",")
-    if "caption" not in (rows.fieldnames or ()):
-        raise RecipeError(f"{path}:1: has no column 'caption'")
-    return [row["caption"] or "" for row in rows]
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+    try:
+        if "caption" not in (rows.fieldnames or ()):
+            raise RecipeError(f"{path}:1: has no column 'caption'")
+        return [row["caption"] or "" for row in rows]
+    except csv.Error as error:
+        raise RecipeError(f"{path}: is no table: {error}") from error
 
 
 def _json_lines(path: Path, text: str) -> list[str]:
     prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{path}:{number}: is not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"{path}:{number}: is not JSON: {error}") from error
         prompt = record.get("caption", record.get("prompt")) if isinstance(record, dict) else None
         if not isinstance(prompt, str):
             raise RecipeError(f"{path}:{number}: has no text under 'caption' or 'prompt'")

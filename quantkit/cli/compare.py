@@ -1,0 +1,273 @@
+"""``quantkit compare``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from quantkit.cli.console import output
+from quantkit.cli.models import resolve_model
+from quantkit.cli.progress import Bar
+from quantkit.errors import MissingExtraError, RecipeError
+from quantkit.recipe import LoadedRecipe, find_prompts, find_recipe, load_recipe, read_prompts
+from quantkit.recipe.schema import Sampling, Task
+
+if TYPE_CHECKING:
+    from quantkit.compare.result import Comparison
+    from quantkit.compare.sampler import Progress
+
+EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
+_COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
+_MODELS = "Models and output"
+_WHAT = "What to generate"
+_HOW = "How to run"
+
+
+def command(
+    candidate: Annotated[
+        str,
+        typer.Option("--candidate", "-c", help="Model to judge: path, hub id or 'demo'.", rich_help_panel=_MODELS),
+    ],
+    output_folder: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write.", rich_help_panel=_MODELS)
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference", help="Model to hold it against; default: the recipe's.", rich_help_panel=_MODELS
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", "-r", help="Prompts, seeds, sampling and thresholds; options win.", rich_help_panel=_MODELS
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output.", rich_help_panel=_MODELS)
+    ] = False,
+    gate: Annotated[
+        bool,
+        typer.Option("--gate", help="Exit with 1 on FAIL and 3 on INCONCLUSIVE.", rich_help_panel=_MODELS),
+    ] = False,
+    task: Annotated[
+        str | None, typer.Option("--task", help="t2i; default: the recipe's.", rich_help_panel=_WHAT)
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text; repeatable.", rich_help_panel=_WHAT)
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="File of prompts, by path or by name.", rich_help_panel=_WHAT)
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option("--seeds", help="Seeds, e.g. 1,2,3; each with every prompt.", rich_help_panel=_WHAT),
+    ] = None,
+    height: Annotated[int | None, typer.Option("--height", help="Pixels.", rich_help_panel=_WHAT)] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels.", rich_help_panel=_WHAT)] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--num-inference-steps", help="Denoising steps.", rich_help_panel=_WHAT)
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", help="Guidance scale.", rich_help_panel=_WHAT)
+    ] = None,
+    true_cfg_scale: Annotated[
+        float | None,
+        typer.Option("--true-cfg-scale", help="Classifier-free guidance, above 1.", rich_help_panel=_WHAT),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", help="What to guide away from.", rich_help_panel=_WHAT)
+    ] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option("--max-sequence-length", help="Text tokens.", rich_help_panel=_WHAT)
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu, cuda, xpu ...", rich_help_panel=_HOW)
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="bfloat16, float16 or float32.", rich_help_panel=_HOW)
+    ] = "bfloat16",
+    backend: Annotated[
+        str, typer.Option("--backend", help="Kernels of packed layers: auto, or one by name.", rich_help_panel=_HOW)
+    ] = "auto",
+    lpips_backbone: Annotated[
+        Path | None,
+        typer.Option("--lpips-backbone", help="AlexNet weights; default: torch hub's cache.", rich_help_panel=_HOW),
+    ] = None,
+    noise_floor: Annotated[
+        bool,
+        typer.Option(
+            "--noise-floor/--no-noise-floor",
+            help="Run the reference's first image twice, to see what differs by itself.",
+            rich_help_panel=_HOW,
+        ),
+    ] = True,
+) -> None:
+    """Compare a candidate with a reference along the denoising path, same prompts and seeds, and judge it.
+
+    Writes report.html, result.json and the images. The verdict comes from the recipe's thresholds, else from
+    built-in ones; it decides the exit code only with --gate.
+    """
+    loaded = load_recipe(find_recipe(recipe)) if recipe is not None else None
+    if reference is None and loaded is None:
+        raise RecipeError("--reference: give the model to compare with, or a recipe that names it")
+    flags = _sampling(
+        height=height,
+        width=width,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
+        negative_prompt=negative_prompt,
+        max_sequence_length=max_sequence_length,
+    )
+    texts = _prompts(prompt, prompts, loaded)
+    numbers = _seeds(seeds, loaded)
+    candidate_folder = resolve_model(candidate)
+    if reference is None:
+        assert loaded is not None
+        reference = loaded.recipe.model.id
+        reference_folder = resolve_model(reference, loaded.recipe.model.revision)
+    else:
+        reference_folder = resolve_model(reference)
+
+    from quantkit.compare.run import DEFAULT_THRESHOLDS_SOURCE, Request, compare
+
+    section = loaded.recipe.compare if loaded is not None else None
+    given = section is not None and bool(section.thresholds)
+    request = Request(
+        reference=reference_folder,
+        candidate=candidate_folder,
+        prompts=texts,
+        seeds=numbers,
+        reference_label=_label(reference),
+        candidate_label=_label(candidate),
+        task=_task(task, loaded),
+        sampling=(flags,) if loaded is None else (loaded.recipe.sampling, loaded.recipe.compare, flags),
+        thresholds=section.thresholds if section is not None and given else None,
+        thresholds_source=(
+            f"{loaded.path}: compare.thresholds" if loaded is not None and given else DEFAULT_THRESHOLDS_SOURCE
+        ),
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        lpips_backbone=lpips_backbone,
+        noise_floor=noise_floor,
+        recipe=str(loaded.path) if loaded is not None else None,
+        recipe_sha256=loaded.sha256 if loaded is not None else None,
+        command=("quantkit", *sys.argv[1:]),
+    )
+    _silence_libraries()
+    with Bar() as bar:
+        result = compare(
+            request, output_folder.absolute(), overwrite=overwrite, on_progress=lambda now: _show(bar, now)
+        )
+    _print_result(result, output_folder)
+    if gate:
+        raise typer.Exit(EXIT_CODES[result.verdict.outcome])
+
+
+def _silence_libraries() -> None:
+    """Keep the bars that diffusers and transformers draw while loading out of ours."""
+    try:
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+    except ImportError as error:
+        raise MissingExtraError(error.name or "diffusers", "eval") from error
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _sampling(**options: Any) -> Sampling:
+    try:
+        return Sampling(**options)
+    except ValidationError as error:
+        raise RecipeError(
+            *(
+                f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}, not {problem['input']}"
+                for problem in error.errors()
+            )
+        ) from error
+
+
+def _label(model: str) -> str:
+    """Return what a user typed for a model, of a path the last part alone."""
+    return Path(model).absolute().name if Path(model).is_dir() else model
+
+
+def _prompts(texts: list[str] | None, file: str | None, loaded: LoadedRecipe | None) -> tuple[str, ...]:
+    if texts and file is not None:
+        raise RecipeError("--prompt, --prompts: give one of the two")
+    if texts:
+        return tuple(texts)
+    if file is not None:
+        return tuple(read_prompts(find_prompts(file, None)))
+    if loaded is not None and loaded.recipe.compare.prompts is not None:
+        return tuple(read_prompts(find_prompts(loaded.recipe.compare.prompts, loaded.path)))
+    raise RecipeError("prompts: give --prompt, --prompts or a recipe with compare.prompts")
+
+
+def _seeds(text: str | None, loaded: LoadedRecipe | None) -> tuple[int, ...]:
+    if text is None:
+        return loaded.recipe.compare.seeds if loaded is not None else (0,)
+    try:
+        seeds = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise RecipeError(f"--seeds: '{text}' is no list of whole numbers such as 1,2,3") from error
+    if any(not 0 <= seed < 2**63 for seed in seeds):
+        raise RecipeError(f"--seeds: '{text}' has a seed that is not between 0 and 2^63")
+    return seeds
+
+
+def _task(text: str | None, loaded: LoadedRecipe | None) -> Task:
+    if text is None:
+        return loaded.recipe.model.task if loaded is not None else "t2i"
+    tasks: tuple[Task, ...] = ("t2i", "t2v", "i2v", "chat")
+    for task in tasks:
+        if text == task:
+            return task
+    raise RecipeError(f"--task: '{text}' is unknown; use one of {', '.join(tasks)}")
+
+
+def _show(bar: Bar, now: Progress) -> None:
+    steps = max(now.steps, 1)
+    what = "loading" if now.shot is None else f"prompt {now.shot.prompt}, seed {now.shot.seed}"
+    bar("comparing", round(now.done * steps), now.total * steps, f"{now.role}: {what}")
+
+
+def _print_result(result: Comparison, folder: Path) -> None:
+    from rich.table import Table
+
+    from quantkit.compare.metrics import METRICS
+    from quantkit.compare.numbers import milliseconds, short, size, times
+    from quantkit.gate.thresholds import describe
+
+    verdict = result.verdict
+    table = Table(pad_edge=False)
+    for header in ("metric", "mean", "90 % interval", "wanted", "verdict"):
+        table.add_column(header, justify="right" if header in {"mean", "90 % interval", "wanted"} else "left")
+    for row in verdict.rows:
+        measured = row.value is not None and row.low is not None and row.high is not None
+        table.add_row(
+            row.metric,
+            f"{short(row.value)} {METRICS[row.metric].unit}".strip() if row.value is not None else "-",
+            f"{short(row.low or 0)} to {short(row.high or 0)}" if measured else "-",
+            describe(row.threshold),
+            f"[bold {_COLOURS[row.outcome]}]{row.outcome}[/]",
+        )
+    output.print(table)
+    output.print(f"thresholds: {result.thresholds_source}", markup=False, highlight=False, soft_wrap=True)
+    reference, candidate = result.reference, result.candidate
+    ours, theirs = sum(reference.weight_bytes.values()), sum(candidate.weight_bytes.values())
+    line = f"weights {size(theirs)} instead of {size(ours)} ({times(theirs / ours)})"
+    if reference.step_ms is not None and candidate.step_ms is not None:
+        before, after = reference.step_ms.median, candidate.step_ms.median
+        line += f"; step {milliseconds(after)} instead of {milliseconds(before)} ({times(after / before)})"
+    output.print(line, highlight=False)
+    colour = _COLOURS[verdict.outcome]
+    output.print(f"[bold {colour}]{verdict.outcome}[/] ", end="")
+    output.print(verdict.reason, markup=False, highlight=False, soft_wrap=True)
+    output.print(str(folder / "report.html"), markup=False, highlight=False, soft_wrap=True)

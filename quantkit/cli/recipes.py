@@ -1,0 +1,73 @@
+"""``quantkit recipes``."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.console import new_table, output
+from quantkit.errors import OutputError
+from quantkit.recipe import find_prompts, find_recipe, list_recipes, load_recipe, read_prompts
+
+app = typer.Typer(no_args_is_help=True, help="List, show, copy and check recipes.")
+
+_Name = Annotated[str, typer.Argument(help="Recipe, by path or by name.")]
+
+
+@app.command("ls")
+def list_all() -> None:
+    """List the recipes that are found by name."""
+    table = new_table("", "name", "model", "family", "task", "scheme", "tuning")
+    for name, path in list_recipes().items():
+        recipe = load_recipe(path).recipe
+        scheme = recipe.scheme
+        table.add_row(
+            name,
+            recipe.model.id,
+            recipe.model.family or "detected",
+            recipe.model.task,
+            f"W{scheme.bits}A16 g{scheme.group_size}",
+            f"{scheme.iters} iterations" if scheme.tuned else "RTN",
+        )
+    output.print(table)
+
+
+@app.command("show")
+def show(name: _Name) -> None:
+    """Print a recipe."""
+    from rich.syntax import Syntax
+
+    path = find_recipe(name)
+    output.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
+    output.print(Syntax(path.read_text(encoding="utf-8"), "yaml", background_color="default"))
+
+
+@app.command("cp")
+def copy(
+    name: _Name,
+    target: Annotated[Path, typer.Argument(help="File or folder to write.")],
+) -> None:
+    """Copy a recipe, to change it."""
+    source = find_recipe(name)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise OutputError(f"{target}: exists; give another name")
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
+    output.print(str(target), highlight=False, soft_wrap=True)
+
+
+@app.command("validate")
+def validate(name: _Name) -> None:
+    """Check a recipe and the prompt files that it names."""
+    path = find_recipe(name)
+    recipe = load_recipe(path).recipe
+    for prompts in (recipe.calibration.prompts, recipe.compare.prompts):
+        if prompts is not None:
+            read_prompts(find_prompts(prompts, path))
+    output.print(f"[green]ok[/] {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Quantizing a model: plan, AutoRound in its own process, staged export, verification, atomic publishing."""

@@ -1,0 +1,95 @@
+"""The model card ``README.md`` of an exported checkpoint, with the metadata block that model hubs read."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import yaml
+
+_PIPELINE_TAGS = {"t2i": "text-to-image", "t2v": "text-to-video", "i2v": "image-to-video", "chat": "any-to-any"}
+
+
+def render_card(manifest: dict[str, Any]) -> str:
+    """Return the card of the checkpoint that a manifest describes."""
+    recipe, source, sizes = manifest["recipe"]["effective"], manifest["source"], manifest["sizes"]
+    scheme = recipe["scheme"]
+    name = f"W{scheme['bits']}A16"
+    # Hubs take base_model for one of their own ids; a local folder's name would be a broken link.
+    base = {"base_model": source["id"], "base_model_relation": "quantized"} if "/" in source["id"] else {}
+    metadata = {
+        **base,
+        "library_name": "diffusers",
+        "pipeline_tag": _PIPELINE_TAGS[recipe["model"]["task"]],
+        "tags": ["auto-round", name.lower(), "quantkit"],
+    }
+    how = (
+        f"AutoRound, {scheme['iters']} iterations of signed gradient descent per block, {manifest['samples']} "
+        "calibration prompts"
+        if scheme["iters"]
+        else "round to nearest (AutoRound's RTN)"
+    )
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {source['id']}, {name}",
+        "",
+        (
+            f"{source['id']} with {scheme['bits']}-bit weights, group size {scheme['group_size']}, "
+            f"{'symmetric' if scheme['sym'] else 'asymmetric'}; activations stay in 16 bit. Quantized by {how}."
+        ),
+        "",
+        "| component | layers quantized | before, MB | after, MB | ratio |",
+        "|---|---|---|---|---|",
+        *(_row(component, entry) for component, entry in manifest["plan"].items()),
+        (
+            f"| whole checkpoint | | {sizes['before'] / 1e6:.1f} | {sizes['after'] / 1e6:.1f} "
+            f"| {sizes['after'] / sizes['before']:.2f} |"
+        ),
+        "",
+        "Every other component is bit-equal to the source.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from quantkit_runtime import load_pipeline",
+        "",
+        'pipe = load_pipeline("PATH_OF_THIS_FOLDER", device="cuda")',
+        "```",
+        "",
+        "diffusers loads it too, with auto-round installed: `DiffusionPipeline.from_pretrained(...)`.",
+        "",
+        "## Error of the weights",
+        "",
+        "Relative L2 distance of a dequantized layer from its source weight:",
+        "",
+        "| component | median | worst layer | |",
+        "|---|---|---|---|",
+        *(_error_row(component, entry["layers"]) for component, entry in manifest["plan"].items()),
+        "",
+        "## Provenance",
+        "",
+        (
+            f"Made on {manifest['created']} by quantkit {manifest['versions'].get('quantkit', '?')} from recipe "
+            f"`{manifest['recipe']['name']}` (sha256 `{manifest['recipe']['sha256']}`), seed {scheme['seed']}. "
+            "`quantkit.json` holds the plan, the error of every layer, library versions and the sha256 of every "
+            "file; `quantkit verify` checks them."
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(component: str, entry: dict[str, Any]) -> str:
+    before, after = entry["bytes_before"], entry["bytes_after"]
+    total = len(entry["layers"]) + len(entry["kept"])
+    layers = f"{len(entry['layers'])} of {total}"
+    return f"| {component} | {layers} | {before / 1e6:.1f} | {after / 1e6:.1f} | {after / before:.2f} |"
+
+
+def _error_row(component: str, layers: dict[str, dict[str, Any]]) -> str:
+    errors = {name: layer["relative_l2"] for name, layer in layers.items()}
+    worst = max(errors, key=errors.__getitem__)
+    return f"| {component} | {median(errors.values()):.4f} | {errors[worst]:.4f} | `{worst}` |"

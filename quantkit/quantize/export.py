@@ -1,0 +1,133 @@
+"""Writing a checkpoint: packed layers as planned, every other tensor and file exactly as in the source."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.checkpoint import Pipeline, TensorInfo, walk_files
+from quantkit.quantize.plan import ComponentPlan, PlannedLayer
+from quantkit.quantize.progress import OnProgress, Progress
+from quantkit.quantize.rtn import Pack
+from quantkit.quantize.tensors import read_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".ckpt",
+)
+_REPLACED = {"README.md", "quantkit.json"}
+_STEM = "diffusion_pytorch_model"
+
+
+def is_weight_file(path: Path) -> bool:
+    """Whether a file holds weights or their index."""
+    return path.name.endswith(_WEIGHT_SUFFIXES)
+
+
+def place_untouched(pipeline: Pipeline, quantized: Sequence[str], target: Path) -> None:
+    """Hard-link (or copy, across file systems) everything of the source that is not quantized.
+
+    Left out are the model card, which the export writes anew, and weights in the root folder: they belong to no
+    component (FLUX.1-dev keeps its single-file original there).
+
+    Args:
+        pipeline: The source.
+        quantized: Names of the components whose weights and ``config.json`` the export writes itself.
+        target: The checkpoint being built.
+    """
+    for path in pipeline.other_files:
+        if path.name not in _REPLACED and not is_weight_file(path):
+            _place(path, target / path.relative_to(pipeline.folder))
+    for component in pipeline.components.values():
+        for path in walk_files(component.folder):
+            if component.name in quantized and (is_weight_file(path) or path.name == "config.json"):
+                continue
+            _place(path, target / path.relative_to(pipeline.folder))
+
+
+def _place(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    resolved = source.resolve()  # a hub cache holds symbolic links to its blobs
+    try:
+        os.link(resolved, target)
+    except OSError:
+        shutil.copyfile(resolved, target)
+
+
+def write_component(
+    part: ComponentPlan,
+    pack: Pack,
+    config: dict[str, Any],
+    target: Path,
+    *,
+    max_shard_bytes: int,
+    on_progress: OnProgress,
+) -> None:
+    """Write the weights and ``config.json`` of a quantized component.
+
+    Args:
+        part: What to write.
+        pack: Gives the packed tensors of a planned layer.
+        config: The ``quantization_config``.
+        target: The component's folder in the checkpoint being built.
+        max_shard_bytes: A new file is begun when the next tensors would pass this size.
+        on_progress: Told after each layer.
+    """
+    from safetensors.torch import save_file
+
+    target.mkdir(parents=True, exist_ok=True)
+    shards = _assign_shards(part, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    done = 0
+    for number, entries in enumerate(shards, start=1):
+        name = f"{_STEM}.safetensors"
+        if len(shards) > 1:
+            name = f"{_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for entry in entries:
+            if isinstance(entry, PlannedLayer):
+                tensors |= pack(entry)
+                done += 1
+                on_progress(Progress("write", done, len(part.layers), entry.name))
+            else:
+                tensors[entry.name] = read_tensor(entry)
+        weight_map |= dict.fromkeys(tensors, name)
+        save_file(tensors, target / name, metadata={"format": "pt"})
+        (target / name).chmod(0o644)  # safetensors leaves it readable by its owner alone
+    if len(shards) > 1:
+        total = part.nbytes_after
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(target / f"{_STEM}.safetensors.index.json", index)
+    write_json(target / "config.json", {**part.component.config, "quantization_config": config})
+
+
+def _assign_shards(part: ComponentPlan, max_shard_bytes: int) -> list[list[PlannedLayer | TensorInfo]]:
+    """Split what a component holds, in the source's order, into files of at most the given size."""
+    layers = {f"{layer.name}.weight": layer for layer in part.layers}
+    shards: list[list[PlannedLayer | TensorInfo]] = [[]]
+    size = 0
+    for name, info in part.component.tensors.items():
+        entry = layers.get(name, info)
+        if shards[-1] and size + entry.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    return shards
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a JSON file as people like to read it."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,33 @@
+"""How long-running steps tell their caller where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["check", "load", "calibrate", "tune", "round", "write", "verify", "hash"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a stage is done.
+
+    Attributes:
+        stage: Which part of the run.
+        done: Units finished so far.
+        total: Units in all; 0 when the stage cannot tell.
+        detail: What is worked on now, e.g. a block's name.
+    """
+
+    stage: Stage
+    done: int
+    total: int
+    detail: str = ""
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def ignore(_progress: Progress) -> None:
+    """Show nothing."""

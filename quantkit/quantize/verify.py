@@ -1,0 +1,310 @@
+"""Checking a checkpoint tensor by tensor: against its own metadata, its plan and its source.
+
+What is checked:
+
+1. every component of ``model_index.json`` is there, its index complete, its files whole;
+2. every layer that ``quantization_config`` calls packed is packed, with the shapes and dtypes of its scheme, finite
+   scales and the zero points of a symmetric scheme; nothing else is packed; no 16-bit weight stands beside a packed
+   one; no tensor is unknown to the architecture;
+3. with the plan: those layers and schemes are the planned ones;
+4. with the source: dequantized weights are as near as their groups allow, everything else is bit-equal;
+5. with a manifest: every file has the recorded sha256.
+"""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantkit.checkpoint import Component, Pipeline, open_pipeline, walk_files
+from quantkit.errors import CheckpointError
+from quantkit.families.base import DiffusionFamily
+from quantkit.families.registry import detect
+from quantkit.quantize.export import is_weight_file
+from quantkit.quantize.manifest import check_hashes
+from quantkit.quantize.plan import PlannedLayer
+from quantkit.quantize.progress import OnProgress, Progress, ignore
+from quantkit.quantize.tensors import read_tensor
+from quantkit.recipe.load import MANIFEST
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Signed gradient descent moves a rounding by less than one code; fp16 scales and bf16 weights add a little.
+_MAX_CODE_STEPS = 1.05
+# A tuned layer may be farther from its source than round-to-nearest (it fits outputs, not weights), a scrambled
+# one is many times farther.
+_MAX_ERROR_RATIO = 2.0
+_TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "I32": "int32"}
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far a packed layer is from its source weight W.
+
+    Attributes:
+        component: E.g. ``transformer``.
+        name: Of the layer.
+        relative_l2: ||dequantized - W|| / ||W||.
+        rtn_relative_l2: The same for round-to-nearest with the same scheme.
+    """
+
+    component: str
+    name: str
+    relative_l2: float
+    rtn_relative_l2: float
+
+
+@dataclass
+class Verification:
+    """The result of a check.
+
+    Attributes:
+        problems: One line each; empty if the checkpoint is sound.
+        layers: Packed layers by component and name.
+        errors: Distance of each packed layer from its source, if the source was given.
+        checked: What was checked, in words.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    layers: dict[str, list[PlannedLayer]] = field(default_factory=dict)
+    errors: list[LayerError] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+
+
+def verify(
+    checkpoint: Path,
+    *,
+    source: Path | None = None,
+    planned: dict[str, list[PlannedLayer]] | None = None,
+    on_progress: OnProgress = ignore,
+) -> Verification:
+    """Check a quantized checkpoint, whoever wrote it.
+
+    Args:
+        checkpoint: A pipeline folder with at least one quantized component.
+        source: The 16-bit original; None skips the checks that need it.
+        planned: The layers that must be packed, by component; None takes the checkpoint's word.
+        on_progress: Told after each layer.
+
+    Raises:
+        CheckpointError: If the folder cannot be read as a checkpoint at all, or nothing in it is quantized.
+    """
+    result = Verification()
+    pipeline = open_pipeline(checkpoint)
+    family = detect(pipeline)
+    quantized = [part for part in pipeline.components.values() if part.quantization is not None]
+    if not quantized:
+        raise CheckpointError(f"{checkpoint}: no component has a quantization_config; it is not quantized")
+    for component in pipeline.components.values():
+        _ = component.tensors  # reads every header, raises on truncated files and incomplete indexes
+        if not component.tensors and not component.class_name.endswith(("Scheduler", "Tokenizer", "TokenizerFast")):
+            _check_weightless(component, result)
+    for component in quantized:
+        result.layers[component.name] = _check_structure(component, family, result)
+    result.checked.append("components, indexes, shapes, dtypes, names")
+    if planned is not None:
+        _check_plan(result, planned)
+        result.checked.append("layers and schemes against the plan")
+    original = open_pipeline(source) if source is not None else None
+    total = sum(map(len, result.layers.values()))
+    done = 0
+    for component in quantized:
+        for layer in result.layers[component.name]:
+            _check_values(component, layer, original, result)
+            done += 1
+            on_progress(Progress("verify", done, total, layer.name))
+    result.checked.append("scales and zero points")
+    if original is not None:
+        _check_untouched(pipeline, original, result)
+        result.checked.append("dequantized weights and untouched tensors against the source")
+    if (checkpoint / MANIFEST).is_file():
+        result.problems += check_hashes(checkpoint, on_progress)
+        result.checked.append("sha256 of every file against the manifest")
+    return result
+
+
+def _check_weightless(component: Component, result: Verification) -> None:
+    if (component.folder / "config.json").is_file():
+        result.problems.append(f"{component.folder}: has a config.json but no weights")
+
+
+def _check_structure(component: Component, family: DiffusionFamily, result: Verification) -> list[PlannedLayer]:
+    """Check names, shapes and dtypes; return the layers that are packed as the metadata says."""
+    from quantkit_runtime.config import QuantizationConfig
+    from quantkit_runtime.errors import CheckpointFormatError
+
+    config_path = component.folder / "config.json"
+    try:
+        config = QuantizationConfig.from_dict(component.quantization or {})
+    except CheckpointFormatError as error:
+        raise CheckpointError(f"{config_path}: {error}") from error
+    model = family.build(component)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    layers = []
+    for linear in family.linears(component, model):
+        scheme = config.scheme_for(linear.name)
+        if scheme is None:
+            continue
+        layer = PlannedLayer(linear.name, linear.in_features, linear.out_features, scheme)
+        try:
+            packed = layer.tensors
+        except CheckpointFormatError as error:
+            result.problems.append(f"{config_path}: {linear.name}: {error}")
+            continue
+        layers.append(layer)
+        del expected[f"{linear.name}.weight"]
+        for name, (shape, dtype) in packed.items():
+            expected[name] = shape
+            info = component.tensors.get(name)
+            if info is not None and _TORCH_DTYPES.get(info.dtype) != str(dtype).removeprefix("torch."):
+                result.problems.append(f"{info.file}: {name}: is {info.dtype}, not {dtype}")
+    result.problems += _compare_names(component, expected)
+    broken = {
+        name
+        for name, shape in expected.items()
+        if name not in component.tensors or component.tensors[name].shape != shape
+    }
+    return [layer for layer in layers if not broken.intersection(layer.tensors)]
+
+
+def _compare_names(component: Component, expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    found = component.tensors
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            yield f"{component.folder}: lacks {name}"
+        elif name not in expected:
+            layer, _, suffix = name.rpartition(".")
+            if suffix == "weight" and f"{layer}.qweight" in found:
+                yield f"{found[name].file}: {name}: a 16-bit weight beside the packed one"
+            elif suffix in {"qweight", "qzeros", "scales", "g_idx"}:
+                yield f"{found[name].file}: {name}: packed, but quantization_config does not list its layer"
+            else:
+                yield f"{found[name].file}: {name}: is no tensor of {component.class_name}"
+        elif found[name].shape != expected[name]:
+            yield f"{found[name].file}: {name}: has shape {list(found[name].shape)}, not {list(expected[name])}"
+
+
+def _check_plan(result: Verification, planned: dict[str, list[PlannedLayer]]) -> None:
+    for name in sorted(planned.keys() | result.layers.keys()):
+        wanted = {layer.name: layer for layer in planned.get(name, [])}
+        found = {layer.name: layer for layer in result.layers.get(name, [])}
+        for layer in sorted(wanted.keys() | found.keys()):
+            if layer not in found:
+                result.problems.append(f"{name}: {layer}: planned, but not packed")
+            elif layer not in wanted:
+                result.problems.append(f"{name}: {layer}: packed, but not planned")
+            elif wanted[layer] != found[layer]:
+                result.problems.append(
+                    f"{name}: {layer}: packed as {found[layer].scheme}, planned as {wanted[layer].scheme}"
+                )
+
+
+def _check_values(
+    component: Component, layer: PlannedLayer, original: Pipeline | None, result: Verification
+) -> None:
+    import torch
+
+    from quantkit_runtime.format import unpack
+
+    where = f"{component.tensors[f'{layer.name}.qweight'].file}: {layer.name}"
+    tensors = {name.rpartition(".")[2]: read_tensor(component.tensors[name]) for name in layer.tensors}
+    _, scales, zeros = unpack(tensors, layer.scheme)
+    if not torch.isfinite(scales).all() or (scales == 0).any():
+        result.problems.append(f"{where}: scales: hold zero, NaN or infinity")
+        return
+    if layer.scheme.sym and (zeros != layer.scheme.midpoint).any():
+        result.problems.append(f"{where}: qzeros: are not those of a symmetric scheme")
+        return
+    if original is None:
+        return
+    info = original.components[component.name].tensors.get(f"{layer.name}.weight")
+    if info is None or info.shape != (layer.out_features, layer.in_features):
+        result.problems.append(f"{original.folder}: {layer.name}: the source has no such weight of this shape")
+        return
+    weight = read_tensor(info)
+    error = _measure(component.name, layer, weight, tensors)
+    result.errors.append(error)
+    if problem := _too_far(layer, weight, tensors, error):
+        result.problems.append(f"{where}: {problem}")
+
+
+def _measure(component: str, layer: PlannedLayer, weight: Tensor, tensors: dict[str, Tensor]) -> LayerError:
+    import torch
+
+    from quantkit_runtime.format import dequantize, pack, quantize_rtn
+
+    exact = weight.float()
+    norm = max(float(torch.linalg.vector_norm(exact)), 1e-30)
+    rounded = pack(*quantize_rtn(weight, layer.scheme), layer.scheme)
+
+    def distance(packed: dict[str, Tensor]) -> float:
+        difference = dequantize(packed, layer.scheme, torch.float32) - exact
+        return float(torch.linalg.vector_norm(difference)) / norm
+
+    return LayerError(component, layer.name, distance(tensors), distance(rounded))
+
+
+def _too_far(layer: PlannedLayer, weight: Tensor, tensors: dict[str, Tensor], error: LayerError) -> str | None:
+    """Return why a layer cannot be an honest quantization of its source."""
+    import torch
+
+    from quantkit_runtime.format import unpack
+
+    codes, scales, zeros = unpack(tensors, layer.scheme)
+    grouped = weight.float().view(layer.out_features, scales.shape[0], -1)
+    scale = scales.float().t().unsqueeze(-1)
+    zero = zeros.float().t().unsqueeze(-1)
+    ideal = (grouped / scale + zero).clamp_(0, layer.scheme.max_code)
+    steps = (codes.view_as(grouped).float() - ideal).abs_()
+    worst = float(torch.max(steps))
+    if not worst <= _MAX_CODE_STEPS:
+        return f"a weight is {worst:.2f} codes away from its source; at most one is possible"
+    if error.relative_l2 > _MAX_ERROR_RATIO * error.rtn_relative_l2 + 1e-3:
+        return (
+            f"relative error {error.relative_l2:.3f} against {error.rtn_relative_l2:.3f} of rounding to nearest; "
+            "its scales do not belong to this weight"
+        )
+    return None
+
+
+def _check_untouched(pipeline: Pipeline, original: Pipeline, result: Verification) -> None:
+    import torch
+
+    for name in sorted(original.components.keys() - pipeline.components.keys()):
+        result.problems.append(f"{pipeline.folder}: lacks the component {name} of the source")
+    for name, component in pipeline.components.items():
+        if name not in original.components:
+            result.problems.append(f"{component.folder}: the source has no component {name}")
+            continue
+        source = original.components[name]
+        if component.quantization is None:
+            result.problems += _compare_files(component, source)
+            continue
+        packed = {tensor for layer in result.layers[name] for tensor in layer.tensors}
+        for tensor, info in component.tensors.items():
+            if tensor in packed or tensor not in source.tensors:
+                continue
+            before, after = read_tensor(source.tensors[tensor]), read_tensor(info)
+            same = before.dtype == after.dtype and before.shape == after.shape
+            if not same or not torch.equal(_bits(before), _bits(after)):
+                result.problems.append(f"{info.file}: {tensor}: differs from the source and is not quantized")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return a tensor's bytes, so that NaN equals itself and -0 differs from 0."""
+    import torch
+
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _compare_files(component: Component, source: Component) -> Iterator[str]:
+    for path in walk_files(source.folder):
+        copy = component.folder / path.relative_to(source.folder)
+        if not copy.is_file():
+            yield f"{copy}: is missing"
+        elif is_weight_file(path) and not copy.samefile(path) and not filecmp.cmp(copy, path, shallow=False):
+            yield f"{copy}: differs from the source and is not quantized"
