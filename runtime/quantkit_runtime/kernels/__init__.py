@@ -1,0 +1,26 @@
+"""Kernel backends. Importing this package registers all of them with :mod:`quantkit_runtime.kernels.dispatch`."""
+
+from quantkit_runtime.kernels import cpu, reference
+from quantkit_runtime.kernels.dispatch import (
+    Backend,
+    LinearKernel,
+    LinearSpec,
+    backends,
+    register,
+    resolve,
+    resolve_compute,
+    why_not,
+)
+
+__all__ = [
+    "Backend",
+    "LinearKernel",
+    "LinearSpec",
+    "backends",
+    "cpu",
+    "reference",
+    "register",
+    "resolve",
+    "resolve_compute",
+    "why_not",
+]

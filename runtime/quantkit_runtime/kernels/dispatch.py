@@ -1,0 +1,153 @@
+"""Choice of a kernel backend for a packed layer.
+
+A backend registers, for one operation, a requirement (why it cannot serve a layer, or None) and a priority. The
+choice is made once per layer, when the layer is prepared, never in the forward pass. Any backend can be asked
+for by name, and every refusal states its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantkit_runtime.config import Scheme
+from quantkit_runtime.errors import BackendUnavailableError
+
+COMPUTE_MODES = ("16bit", "fp8")
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """What a backend has to know to accept or refuse a packed Linear layer.
+
+    Attributes:
+        in_features: K.
+        out_features: N.
+        scheme: How the weight is stored.
+        device: Where the packed tensors are.
+        dtype: Floating dtype of the activations that the layer is prepared for. A kernel must also serve other
+            floating dtypes, correctly if not fast.
+        compute: ``"16bit"`` (activations as they come) or ``"fp8"``.
+    """
+
+    in_features: int
+    out_features: int
+    scheme: Scheme
+    device: torch.device
+    dtype: torch.dtype
+    compute: str = "16bit"
+
+
+class LinearKernel(Protocol):
+    """A prepared layer: maps activations (..., K) to (..., N) in the dtype and on the device of the input."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+
+
+Requirement = Callable[[LinearSpec], str | None]
+Prepare = Callable[[LinearSpec, Mapping[str, Tensor], Tensor | None], LinearKernel]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One registered implementation of an operation.
+
+    Attributes:
+        op: Operation, e.g. ``"linear"``.
+        name: Name to ask for it by.
+        priority: The highest that can serve a layer is chosen; the reference has 0.
+        requirement: Returns None where the backend can serve the layer, else the reason why not.
+        prepare: Makes the kernel from the stored tensors and the bias. It must not modify them.
+    """
+
+    op: str
+    name: str
+    priority: int
+    requirement: Requirement
+    prepare: Prepare
+
+
+_REGISTRY: dict[tuple[str, str], Backend] = {}
+
+
+def register(op: str, name: str, *, priority: int, requirement: Requirement) -> Callable[[Prepare], Prepare]:
+    """Register the decorated ``prepare`` function as a backend.
+
+    Args:
+        op: Operation it implements.
+        name: Unique name within the operation.
+        priority: See :class:`Backend`.
+        requirement: See :class:`Backend`.
+    """
+
+    def add(prepare: Prepare) -> Prepare:
+        if (op, name) in _REGISTRY:
+            raise ValueError(f"backend {name!r} is already registered for {op!r}")
+        _REGISTRY[op, name] = Backend(op, name, priority, requirement, prepare)
+        return prepare
+
+    return add
+
+
+def backends(op: str) -> list[Backend]:
+    """Backends of an operation, highest priority first."""
+    found = [backend for backend in _REGISTRY.values() if backend.op == op]
+    return sorted(found, key=lambda backend: -backend.priority)
+
+
+def why_not(op: str, name: str, spec: LinearSpec) -> str | None:
+    """Reason why the named backend cannot serve the layer, or None if it can.
+
+    Raises:
+        BackendUnavailableError: There is no backend of that name.
+    """
+    if (op, name) not in _REGISTRY:
+        known = ", ".join(backend.name for backend in backends(op))
+        raise BackendUnavailableError(f"backend {name!r} does not exist; use 'auto' or one of: {known}")
+    return _REGISTRY[op, name].requirement(spec)
+
+
+def resolve(op: str, spec: LinearSpec, backend: str = "auto") -> Backend:
+    """Choose the backend for a layer.
+
+    Args:
+        op: Operation.
+        spec: The layer.
+        backend: ``"auto"`` or the name of one.
+
+    Raises:
+        BackendUnavailableError: The named backend, or every backend, refuses the layer; the message has the
+            reasons.
+    """
+    if backend != "auto":
+        reason = why_not(op, backend, spec)
+        if reason is not None:
+            raise BackendUnavailableError(f"backend {backend!r} cannot run here: {reason}")
+        return _REGISTRY[op, backend]
+    reasons = []
+    for candidate in backends(op):
+        reason = candidate.requirement(spec)
+        if reason is None:
+            return candidate
+        reasons.append(f"{candidate.name}: {reason}")
+    raise BackendUnavailableError(
+        f"no backend serves {op} with compute {spec.compute!r} on {spec.device} ({'; '.join(reasons)})"
+    )
+
+
+def resolve_compute(compute: str) -> str:
+    """Translate the user's ``compute`` argument; ``"auto"`` means ``"16bit"``.
+
+    Raises:
+        BackendUnavailableError: Unknown mode.
+    """
+    if compute == "auto":
+        return "16bit"
+    if compute not in COMPUTE_MODES:
+        raise BackendUnavailableError(f"compute {compute!r} does not exist; use 'auto' or one of {COMPUTE_MODES}")
+    return compute

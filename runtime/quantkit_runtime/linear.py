@@ -1,0 +1,165 @@
+"""A Linear layer whose weight stays packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit_runtime.config import Scheme
+from quantkit_runtime.errors import CheckpointFormatError, QuantkitRuntimeError
+from quantkit_runtime.format import packed_tensors
+from quantkit_runtime.kernels import LinearKernel, LinearSpec, resolve, resolve_compute
+
+
+class W4A16Linear(nn.Module):
+    """``y = x @ W.T + bias`` with W stored in a few bits, for inference.
+
+    The buffers are the checkpoint's tensors, bit for bit and for as long as the layer lives, whatever a kernel
+    backend keeps beside them: ``state_dict()`` always equals the file. With K = in_features, N = out_features,
+    g = group length and the default 4-bit gptq packing:
+
+    =======  =======  =============  ====================================
+    buffer   dtype    shape          content
+    =======  =======  =============  ====================================
+    qweight  int32    (K / 8, N)     8 codes a word along K
+    qzeros   int32    (K / g, N / 8) 8 zero points a word along N
+    scales   float16  (K / g, N)     one scale per group and output
+    bias     as read  (N,)           absent if the layer has none
+    =======  =======  =============  ====================================
+
+    :mod:`quantkit_runtime.format` has the other packings. ``to(dtype)`` and ``half()`` leave the dtype of every
+    buffer alone (float16 scales do not survive bf16); the result has the dtype of the input.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: Whether there is a bias.
+        group_size: Input features per group, -1 for one group.
+        bits: Width of a code.
+        sym: Whether all zero points are the middle of the code range.
+        packing_format: Bit layout.
+        bias_dtype: Dtype of the bias buffer.
+        device: Where to allocate the buffers.
+
+    Raises:
+        CheckpointFormatError: The shape does not fit the scheme.
+    """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        group_size: int = 128,
+        bits: int = 4,
+        sym: bool = True,
+        packing_format: str = "auto_round:auto_gptq",
+        bias_dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = Scheme(bits=bits, group_size=group_size, sym=sym, packing_format=packing_format)
+        for name, (shape, dtype) in packed_tensors(in_features, out_features, self.scheme).items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=bias_dtype, device=device) if bias else None)
+        self.backend: str | None = None
+        """Name of the backend in use; None until the layer is prepared."""
+        self._request: tuple[torch.dtype, str, str] = (torch.bfloat16, "auto", "auto")
+        self._kernel: LinearKernel | None = None
+
+    def prepare(self, dtype: torch.dtype = torch.bfloat16, *, compute: str = "auto", backend: str = "auto") -> None:
+        """Choose the kernel backend and let it repack what it wants.
+
+        Runs by itself, with the last arguments given, in the first forward pass after the weights were loaded or
+        moved to another device; calling it beforehand keeps that work out of the forward pass, which
+        ``torch.compile`` needs.
+
+        Args:
+            dtype: Dtype that most activations will have; others work, possibly slower.
+            compute: ``"auto"``, ``"16bit"`` or ``"fp8"``.
+            backend: ``"auto"`` or the name of one.
+
+        Raises:
+            BackendUnavailableError: The backend cannot serve this layer here.
+        """
+        if self.qweight.device.type == "meta":
+            raise CheckpointFormatError("W4A16Linear: its weights were never loaded (they are on the meta device)")
+        self._request = (dtype, compute, backend)
+        spec = LinearSpec(
+            self.in_features,
+            self.out_features,
+            self.scheme,
+            self.qweight.device,
+            dtype,
+            resolve_compute(compute),
+        )
+        chosen = resolve("linear", spec, backend)
+        self._kernel = chosen.prepare(spec, self.packed(), self.bias)
+        self.backend = chosen.name
+
+    def packed(self) -> dict[str, Tensor]:
+        """The stored tensors of the weight by name, as :func:`quantkit_runtime.format.unpack` takes them."""
+        return {"qweight": self.qweight, "qzeros": self.qzeros, "scales": self.scales}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: (..., K), any floating dtype, on the device of the buffers.
+
+        Returns:
+            (..., N) in the dtype of ``x``.
+
+        Raises:
+            QuantkitRuntimeError: A gradient with respect to ``x`` would be needed.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            raise QuantkitRuntimeError(
+                "W4A16Linear: packed layers have no backward pass; run the model under torch.inference_mode() or "
+                "torch.no_grad()"
+            )
+        if self._kernel is None:
+            dtype, compute, backend = self._request
+            self.prepare(dtype, compute=compute, backend=backend)
+        assert self._kernel is not None
+        return self._kernel(x)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in ``print(model)``."""
+        scheme = self.scheme
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={scheme.bits}, group_size={scheme.group_size}, sym={scheme.sym}, backend={self.backend}"
+        )
+
+    def _reset(self) -> None:
+        self._kernel = None
+        self.backend = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W4A16Linear:
+        """Move the buffers, but never change their dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        before = self.qweight
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        if self.qweight is not before:
+            self._reset()
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._reset()

@@ -1,0 +1,241 @@
+"""From a folder to a model that runs: quantized or not, the call is the same.
+
+Whether a component is quantized is read from its own ``config.json``. Quantized components are assembled here;
+everything else goes through the libraries' own ``from_pretrained``. Weights come from safetensors alone and no
+code from a model repository is run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit_runtime.assembly import assemble, quantization_of
+from quantkit_runtime.checkpoint import WeightFiles, read_json
+from quantkit_runtime.config import QuantizationConfig
+from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError
+from quantkit_runtime.optional import import_optional
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+def load_pipeline(
+    path: str | PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    compute: str = "auto",
+    backend: str = "auto",
+) -> Any:
+    """Load a diffusers pipeline whose components may be packed.
+
+    Args:
+        path: A local folder with ``model_index.json``, or a hub id.
+        device: Where to run, e.g. ``"cpu"`` or ``"cuda:1"``.
+        dtype: For all floating weights that are not packed, except those a model class keeps in float32.
+        compute: ``"16bit"``, ``"fp8"`` or ``"auto"``, which is ``"16bit"``.
+        backend: ``"auto"`` or the name of one kernel backend.
+
+    Returns:
+        An ordinary ``diffusers.DiffusionPipeline`` on ``device``.
+
+    Raises:
+        CheckpointFormatError: The folder is not a pipeline, or its files are damaged, contradictory or unknown.
+        BackendUnavailableError: Device, compute mode or backend are not available here.
+        MissingDependencyError: diffusers is not installed.
+    """
+    target = _available_device(device)
+    folder = _local_folder(path)
+    index_path = folder / "model_index.json"
+    if not index_path.is_file():
+        raise CheckpointFormatError(f"{index_path}: missing; give the root folder of a diffusers pipeline")
+    diffusers = import_optional("diffusers")
+    packed = {}
+    for name, entry in read_json(index_path).items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+            continue
+        config_path = folder / name / "config.json"
+        if not (folder / name).is_dir():
+            raise CheckpointFormatError(f"{folder / name}: missing, though {index_path.name} names it; download it")
+        if not config_path.is_file():  # a scheduler or tokenizer
+            continue
+        quantization = quantization_of(read_json(config_path), config_path)
+        if quantization is None:
+            WeightFiles(folder / name)  # damage shows here, with the file's name
+            continue
+        model_class = _model_class(entry[0], entry[1], index_path)
+        packed[name] = _load_packed(
+            folder / name, model_class, quantization, target, dtype, compute=compute, backend=backend
+        )
+    with _library_errors(folder):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **packed
+        )
+        return pipeline.to(target)
+
+
+def load_model(
+    path: str | PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    compute: str = "auto",
+    backend: str = "auto",
+) -> nn.Module:
+    """Load one model, packed or not: a transformers model or a single diffusers component.
+
+    Args:
+        path: A local folder with ``config.json``, or a hub id.
+        device: Where to run.
+        dtype: For all floating weights that are not packed, except those a model class keeps in float32.
+        compute: ``"16bit"``, ``"fp8"`` or ``"auto"``, which is ``"16bit"``.
+        backend: ``"auto"`` or the name of one kernel backend.
+
+    Returns:
+        The model on ``device``, in evaluation mode. Its class is the one that ``config.json`` names.
+
+    Raises:
+        CheckpointFormatError: The files are missing, damaged, contradictory or of an unknown kind.
+        BackendUnavailableError: Device, compute mode or backend are not available here.
+        MissingDependencyError: The library of the model's class is not installed.
+    """
+    target = _available_device(device)
+    folder = _local_folder(path)
+    config_path = folder / "config.json"
+    config = read_json(config_path)
+    model_class = _class_of_config(config, config_path)
+    quantization = quantization_of(config, config_path)
+    if quantization is not None:
+        return _load_packed(folder, model_class, quantization, target, dtype, compute=compute, backend=backend)
+    WeightFiles(folder)
+    with _library_errors(folder):
+        model: nn.Module = model_class.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+        return model.to(target).eval()
+
+
+def _load_packed(
+    folder: Path,
+    model_class: Any,
+    quantization: QuantizationConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compute: str,
+    backend: str,
+) -> nn.Module:
+    build = _diffusers_builder if hasattr(model_class, "load_config") else _transformers_builder
+    model = assemble(
+        folder,
+        build(folder, model_class, dtype),
+        quantization,
+        device=device,
+        dtype=dtype,
+        compute=compute,
+        backend=backend,
+    )
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = import_optional("transformers").GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _diffusers_builder(folder: Path, model_class: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    del dtype  # diffusers' configurations have none
+
+    def build() -> nn.Module:
+        with _library_errors(folder):
+            config = model_class.load_config(folder)
+            # diffusers would hand the model to its own AutoRound loader.
+            config.pop("quantization_config", None)
+            model: nn.Module = model_class.from_config(config)
+            return model
+
+    return build
+
+
+def _transformers_builder(folder: Path, model_class: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        with _library_errors(folder):
+            config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            config.dtype = dtype
+            model: nn.Module = model_class(config)
+            return model
+
+    return build
+
+
+def _class_of_config(config: dict[str, Any], path: Path) -> Any:
+    if "_class_name" in config:
+        return _model_class("diffusers", config["_class_name"], path)
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise CheckpointFormatError(f"{path}: architectures: missing; it must name the model's class")
+    return _model_class("transformers", architectures[0], path)
+
+
+def _model_class(library: str, name: str, path: Path) -> Any:
+    if library not in ("diffusers", "transformers"):
+        raise CheckpointFormatError(
+            f"{path}: {name}: its library {library!r} is not supported; only diffusers and transformers are"
+        )
+    found = getattr(import_optional(library), name, None)
+    if found is None:
+        raise CheckpointFormatError(
+            f"{path}: {name}: unknown to the installed {library}; upgrade {library} (code from model "
+            "repositories is not run)"
+        )
+    return found
+
+
+@contextmanager
+def _library_errors(folder: Path) -> Iterator[None]:
+    """Turn what diffusers and transformers raise on bad folders into one line that names the folder."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, CheckpointFormatError):
+        raise
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointFormatError(f"{folder}: cannot be loaded: {reason}") from error
+
+
+def _available_device(device: str | torch.device) -> torch.device:
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise BackendUnavailableError(f"device {device!r}: not a device that this torch knows") from error
+    if target.type in ("cpu", "meta"):
+        if target.type == "meta":
+            raise BackendUnavailableError("device 'meta': weights need a real device")
+        return target
+    present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if present is None or present.type != target.type or (target.index or 0) >= torch.accelerator.device_count():
+        has = f"{torch.accelerator.device_count()} of type {present.type}" if present is not None else "none"
+        raise BackendUnavailableError(f"device {str(target)!r}: not available here (accelerators: {has})")
+    return target
+
+
+def _local_folder(path: str | PathLike[str]) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not _HUB_ID.fullmatch(str(path)):
+        raise CheckpointFormatError(f"{path}: not a folder; give a local model folder or a hub id like org/name")
+    try:
+        return Path(
+            import_optional("huggingface_hub").snapshot_download(str(path), allow_patterns=list(_HUB_FILES))
+        )
+    except (OSError, ValueError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointFormatError(f"{path}: no such folder, and not available from the hub ({reason})") from error
