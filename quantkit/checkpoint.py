@@ -106,10 +106,12 @@ def open_pipeline(folder: Path) -> Pipeline:
         raise CheckpointError(f"{index_path}: _class_name: is missing; this is no diffusers pipeline")
     components = {}
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+        if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
             continue
         if len(entry) != 2 or not all(isinstance(part, str) for part in entry):
             raise CheckpointError(f"{index_path}: {name}: must be [library, class], not {entry}")
+        if Path(name).name != name:  # an absolute or climbing path would reach beyond the folder
+            raise CheckpointError(f"{index_path}: {name}: is no folder name; download the model again")
         if not (folder / name).is_dir():
             raise CheckpointError(f"{index_path}: {name}: its folder is missing; download the model again")
         components[name] = Component(name, entry[0], entry[1], folder / name)
@@ -126,7 +128,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: is no JSON object")
@@ -171,11 +173,15 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map: is missing or empty")
-    tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(set(weight_map.values())):
+    for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{index}: weight_map: {shard!r} is no file name")
-        tensors |= read_header(folder / shard)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(set(weight_map.values())):
+        held = read_header(folder / shard)
+        if twice := sorted(held.keys() & tensors.keys()):
+            raise CheckpointError(f"{folder / shard}: {twice[0]}: {tensors[twice[0]].file.name} holds it too")
+        tensors |= held
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
             raise CheckpointError(f"{folder / shard}: lacks the tensor {name} that {index.name} places there")
@@ -199,22 +205,30 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its safetensors header is damaged; copy it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its safetensors header is damaged; copy it again")
     tensors = {}
-    end = 0
+    spans = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        start, stop = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        if (
-            entry["dtype"] not in DTYPE_BYTES
-            or stop - start != math.prod(shape) * DTYPE_BYTES[entry["dtype"]]
-        ):
-            raise CheckpointError(f"{path}: {name}: dtype, shape and size do not agree; copy the file again")
-        tensors[name] = TensorInfo(name, path, entry["dtype"], shape, stop - start)
-        end = max(end, stop)
+        match entry:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if (
+                dtype in DTYPE_BYTES
+                and all(type(length) is int and length >= 0 for length in shape)
+                and stop - start == math.prod(shape) * DTYPE_BYTES[dtype]
+            ):
+                tensors[name] = TensorInfo(name, path, dtype, tuple(shape), stop - start)
+                spans.append((start, stop))
+            case _:
+                raise CheckpointError(f"{path}: {name}: dtype, shape and size do not agree; copy the file again")
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise CheckpointError(f"{path}: its tensors overlap or leave gaps; copy the file again")
+        end = stop
     if 8 + length + end != size:
         raise CheckpointError(
             f"{path}: is truncated: {size} bytes where its header says {8 + length + end}; copy it again"

@@ -13,7 +13,7 @@ from quantkit.cli.console import output
 from quantkit.cli.models import resolve_model
 from quantkit.cli.progress import Bar
 from quantkit.errors import MissingExtraError, RecipeError
-from quantkit.recipe import LoadedRecipe, find_prompts, find_recipe, load_recipe, read_prompts
+from quantkit.recipe import LoadedRecipe, find_prompts, find_recipe, load_recipe, read_prompts, recipe_of
 from quantkit.recipe.schema import Sampling, Task
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ def command(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", "-r", help="Prompts, seeds, sampling and thresholds; options win.", rich_help_panel=_MODELS
+            "--recipe",
+            "-r",
+            help="Prompts, seeds, sampling, thresholds; default: the candidate's own.",
+            rich_help_panel=_MODELS,
         ),
     ] = None,
     overwrite: Annotated[
@@ -112,7 +115,8 @@ def command(
     Writes report.html, result.json and the images. The verdict comes from the recipe's thresholds, else from
     built-in ones; it decides the exit code only with --gate.
     """
-    loaded = load_recipe(find_recipe(recipe)) if recipe is not None else None
+    candidate_folder = resolve_model(candidate)
+    loaded = load_recipe(find_recipe(recipe)) if recipe is not None else recipe_of(candidate_folder)
     if reference is None and loaded is None:
         raise RecipeError("--reference: give the model to compare with, or a recipe that names it")
     flags = _sampling(
@@ -126,7 +130,6 @@ def command(
     )
     texts = _prompts(prompt, prompts, loaded)
     numbers = _seeds(seeds, loaded)
-    candidate_folder = resolve_model(candidate)
     if reference is None:
         assert loaded is not None
         reference = loaded.recipe.model.id

@@ -57,7 +57,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(args=arguments, standalone_mode=True)
+        app(args=arguments, prog_name="quantkit", standalone_mode=True)
     except (QuantkitError, QuantkitRuntimeError) as error:
         _fail(error, debug)
     except KeyboardInterrupt:

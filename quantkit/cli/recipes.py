@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.console import new_table, output
-from quantkit.errors import OutputError
+from quantkit.errors import OutputError, RecipeError
 from quantkit.recipe import find_prompts, find_recipe, list_recipes, load_recipe, read_prompts
 
 app = typer.Typer(no_args_is_help=True, help="List, show, copy and check recipes.")
@@ -22,7 +22,11 @@ def list_all() -> None:
     """List the recipes that are found by name."""
     table = new_table("", "name", "model", "family", "task", "scheme", "tuning")
     for name, path in list_recipes().items():
-        recipe = load_recipe(path).recipe
+        try:
+            recipe = load_recipe(path).recipe
+        except RecipeError:
+            table.add_row(name, f"not valid: quantkit recipes validate {path}")
+            continue
         scheme = recipe.scheme
         table.add_row(
             name,

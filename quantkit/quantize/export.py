@@ -13,7 +13,7 @@ from quantkit.checkpoint import Pipeline, TensorInfo, walk_files
 from quantkit.quantize.plan import ComponentPlan, PlannedLayer
 from quantkit.quantize.progress import OnProgress, Progress
 from quantkit.quantize.rtn import Pack
-from quantkit.quantize.tensors import read_tensor
+from quantkit.quantize.tensors import read_tensor, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,9 @@ def is_weight_file(path: Path) -> bool:
 
 
 def place_untouched(pipeline: Pipeline, quantized: Sequence[str], target: Path) -> None:
-    """Hard-link (or copy, across file systems) everything of the source that is not quantized.
+    """Put everything of the source that is not quantized into the checkpoint.
+
+    Weights are hard-linked where the file system can, small files copied: people edit those in place.
 
     Left out are the model card, which the export writes anew, and weights in the root folder: they belong to no
     component (FLUX.1-dev keeps its single-file original there).
@@ -60,10 +62,14 @@ def place_untouched(pipeline: Pipeline, quantized: Sequence[str], target: Path) 
 def _place(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     resolved = source.resolve()  # a hub cache holds symbolic links to its blobs
-    try:
-        os.link(resolved, target)
-    except OSError:
-        shutil.copyfile(resolved, target)
+    if is_weight_file(source):
+        try:
+            os.link(resolved, target)
+        except OSError:  # another file system, or one without hard links
+            pass
+        else:
+            return
+    shutil.copyfile(resolved, target)
 
 
 def write_component(
@@ -85,8 +91,6 @@ def write_component(
         max_shard_bytes: A new file is begun when the next tensors would pass this size.
         on_progress: Told after each layer.
     """
-    from safetensors.torch import save_file
-
     target.mkdir(parents=True, exist_ok=True)
     shards = _assign_shards(part, max_shard_bytes)
     weight_map: dict[str, str] = {}
@@ -104,8 +108,7 @@ def write_component(
             else:
                 tensors[entry.name] = read_tensor(entry)
         weight_map |= dict.fromkeys(tensors, name)
-        save_file(tensors, target / name, metadata={"format": "pt"})
-        (target / name).chmod(0o644)  # safetensors leaves it readable by its owner alone
+        write_tensors(tensors, target / name)
     if len(shards) > 1:
         total = part.nbytes_after
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -1,9 +1,12 @@
-"""Reading single tensors of a checkpoint."""
+"""Reading single tensors of a checkpoint, and writing files of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.checkpoint import TensorInfo
@@ -25,3 +28,22 @@ def read_tensors(infos: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, Tens
         with safe_open(file, framework="pt") as handle:
             for info in members:
                 yield info, handle.get_tensor(info.name)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that everyone may read.
+
+    Raises:
+        OSError: If the file cannot be written, for example on a full disk.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):  # all it keeps of the system's error is its text
+            code = int(found[1])
+            raise OSError(code, os.strerror(code), str(path)) from error
+        raise
+    path.chmod(0o644)  # safetensors leaves it readable by its owner alone

@@ -135,7 +135,7 @@ def tune(job: Job, work: Path, on_progress: OnProgress) -> list[BlockLoss]:
             code = child.wait()
         finally:
             child.kill()
-            child.wait()
+            child.communicate()  # waits, and closes the pipe it watched
     if failure is None and code != 0:
         failure = f"its process ended with code {code}" + (" (out of memory?)" if code == -9 else "")
     if failure is not None:

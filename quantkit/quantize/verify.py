@@ -145,6 +145,7 @@ def _check_structure(component: Component, family: DiffusionFamily, result: Veri
     model = family.build(component)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     layers = []
+    broken = set()
     for linear in family.linears(component, model):
         scheme = config.scheme_for(linear.name)
         if scheme is None:
@@ -162,8 +163,9 @@ def _check_structure(component: Component, family: DiffusionFamily, result: Veri
             info = component.tensors.get(name)
             if info is not None and _TORCH_DTYPES.get(info.dtype) != str(dtype).removeprefix("torch."):
                 result.problems.append(f"{info.file}: {name}: is {info.dtype}, not {dtype}")
+                broken.add(name)
     result.problems += _compare_names(component, expected)
-    broken = {
+    broken |= {
         name
         for name, shape in expected.items()
         if name not in component.tensors or component.tensors[name].shape != shape

@@ -83,7 +83,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     return LoadedRecipe(recipe, path, hashlib.sha256(raw).hexdigest(), tuple(overrides))
 
 
-def recipe_of(checkpoint: Path) -> Recipe | None:
+def recipe_of(checkpoint: Path) -> LoadedRecipe | None:
     """Return the recipe that a checkpoint was made with, from its manifest; None if it has no manifest.
 
     Raises:
@@ -93,8 +93,9 @@ def recipe_of(checkpoint: Path) -> Recipe | None:
     if not path.is_file():
         return None
     try:
-        effective = json.loads(path.read_bytes())["recipe"]["effective"]
-        return Recipe.model_validate_json(json.dumps(effective))
+        recorded = json.loads(path.read_bytes())["recipe"]
+        recipe = Recipe.model_validate_json(json.dumps(recorded["effective"]))
+        return LoadedRecipe(recipe, path, str(recorded["sha256"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{path}: holds no recipe that this version can read: {error}") from error
 
