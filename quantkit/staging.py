@@ -1,6 +1,6 @@
 """Atomic publishing: all work happens in a folder beside the output, which then takes the output's name.
 
-Killed at any moment, the output path holds what it held before or the complete new checkpoint, and the next run
+Killed at any moment, the output path holds what it held before or the complete new result, and the next run
 to the same output clears what was left behind. A lock on the staging folder, which the kernel drops with its
 process, tells leftovers from a run in progress.
 """
@@ -21,23 +21,23 @@ from quantkit.errors import OutputError
 
 
 class Staging:
-    """A folder beside the output in which a checkpoint comes into being.
+    """A folder beside the output in which it comes into being.
 
     Attributes:
-        output: Where the checkpoint will be.
-        checkpoint: Where it is built.
+        output: Where the result will be.
+        content: The folder that becomes the output.
         work: For files that are not part of it.
     """
 
     def __init__(self, output: Path, folder: Path) -> None:
         self.output = output
-        self.checkpoint = folder / "checkpoint"
+        self.content = folder / "content"
         self.work = folder / "work"
-        self.checkpoint.mkdir()
+        self.content.mkdir()
         self.work.mkdir()
 
     def publish(self, *, overwrite: bool) -> None:
-        """Give the finished checkpoint the output's name.
+        """Give the finished content the output's name.
 
         Args:
             overwrite: Replace an existing output; it is removed only after the new one is in place.
@@ -45,30 +45,33 @@ class Staging:
         Raises:
             OutputError: If the output has come into being meanwhile and overwrite is off.
         """
-        _sync(self.checkpoint)
+        _sync(self.content)
         replaced: Path | None = None
         if os.path.lexists(self.output):
             if not overwrite:
                 raise OutputError(f"{self.output}: exists by now; give another --output or --overwrite")
             replaced = Path(tempfile.mkdtemp(prefix=_prefix(self.output, "replaced"), dir=self.output.parent))
             self.output.rename(replaced / "output")
-        self.checkpoint.rename(self.output)
+        self.content.rename(self.output)
         _sync_entry(self.output.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
 
 
 @contextmanager
-def stage(output: Path, *, overwrite: bool, need_bytes: int) -> Iterator[Staging]:
+def stage(output: Path, *, overwrite: bool, need_bytes: int, marker: str | None = None) -> Iterator[Staging]:
     """Open a staging folder for an output, and remove it at the end whatever happens.
 
     Args:
-        output: Where the checkpoint is to be; its parent folders are made.
+        output: Where the result is to be; its parent folders are made.
         overwrite: Whether an existing output may be replaced.
         need_bytes: Free space that the run needs.
+        marker: File by which a folder shows that it is such an output; only a folder that holds it, or an empty
+            one, is ever replaced.
 
     Raises:
-        OutputError: If the output exists, cannot be written, lacks space, or another run is writing it.
+        OutputError: If the output exists and may not be replaced, cannot be written, lacks space, or another run is
+            writing it.
     """
     parent = output.parent
     made: list[Path] = []
@@ -77,18 +80,13 @@ def stage(output: Path, *, overwrite: bool, need_bytes: int) -> Iterator[Staging
     try:
         made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(output)
-        if os.path.lexists(output) and not overwrite:
-            raise OutputError(f"{output}: exists; give another --output or --overwrite")
-        free = shutil.disk_usage(parent).free
-        if free < need_bytes:
-            raise OutputError(
-                f"{output}: needs {need_bytes / 1e9:.2f} GB of free space, has {free / 1e9:.2f} GB; "
-                "free some or give another --output"
-            )
-        folder = Path(tempfile.mkdtemp(prefix=_prefix(output, "staging"), dir=parent))
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(parent):  # until the staging folder is locked itself, it looks like a leftover
+            _clear_leftovers(output)
+            _check_replaceable(output, overwrite, marker)
+            _check_space(output, need_bytes)
+            folder = Path(tempfile.mkdtemp(prefix=_prefix(output, "staging"), dir=parent))
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield Staging(output, folder)
         made = []
     except OSError as error:
@@ -106,6 +104,36 @@ def stage(output: Path, *, overwrite: bool, need_bytes: int) -> Iterator[Staging
         for empty in made:
             if empty.exists() and not any(empty.iterdir()):
                 empty.rmdir()
+
+
+def _check_replaceable(output: Path, overwrite: bool, marker: str | None) -> None:
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise OutputError(f"{output}: exists; give another --output or --overwrite")
+    if marker is None or (output / marker).is_file():
+        return
+    if not output.is_dir() or any(output.iterdir()):
+        raise OutputError(f"{output}: holds no {marker}, so it is not replaced; give another --output")
+
+
+def _check_space(output: Path, need_bytes: int) -> None:
+    free = shutil.disk_usage(output.parent).free
+    if free < need_bytes:
+        raise OutputError(
+            f"{output}: needs {need_bytes / 1e9:.2f} GB of free space, has {free / 1e9:.2f} GB; "
+            "free some or give another --output"
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _prefix(output: Path, kind: str) -> str:

@@ -1,7 +1,7 @@
 """``quantkit``: the verbs, and what happens when one of them fails.
 
 Exit codes: 0 done or PASS, 1 FAIL, 2 a mistake of the user's or a run that could not be carried out (one clear
-line, ``--debug`` for the traceback), 3 INCONCLUSIVE.
+line, ``--debug`` for the traceback), 3 INCONCLUSIVE, 70 a defect of quantkit's own, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from quantkit.errors import QuantkitError
 from quantkit_runtime.errors import QuantkitRuntimeError
 
 USER_ERROR = 2
-INTERRUPTED = 130
+DEFECT = 70  # EX_SOFTWARE of sysexits.h
 
 app = typer.Typer(
     name="quantkit",
@@ -60,9 +60,8 @@ def main() -> None:
         app(args=arguments, prog_name="quantkit", standalone_mode=True)
     except (QuantkitError, QuantkitRuntimeError) as error:
         _fail(error, debug)
-    except KeyboardInterrupt:
-        errors.print("interrupted; nothing was written")
-        sys.exit(INTERRUPTED)
+    except Exception as error:  # noqa: BLE001  (the last border: a defect must not look like a FAIL)
+        _fail_unexpectedly(error, debug)
 
 
 def _fail(error: Exception, debug: bool) -> None:
@@ -73,6 +72,15 @@ def _fail(error: Exception, debug: bool) -> None:
     if not debug and getattr(error, "__notes__", None):
         errors.print("[dim]--debug shows more[/]")
     sys.exit(USER_ERROR)
+
+
+def _fail_unexpectedly(error: Exception, debug: bool) -> None:
+    if debug:
+        errors.print_exception()
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    errors.print(f"[bold red]defect in quantkit:[/] {_escape(reason)}", soft_wrap=True, highlight=False)
+    errors.print("[dim]please report it with the output of --debug[/]")
+    sys.exit(DEFECT)
 
 
 def _escape(text: str) -> str:

@@ -13,7 +13,7 @@ from quantkit.compare.metrics import METRICS
 from quantkit.compare.pairing import check_same_architecture
 from quantkit.compare.provenance import created_now, device_name, library_versions
 from quantkit.compare.report import write_report
-from quantkit.compare.result import Comparison, Item, ModelSide, write_result
+from quantkit.compare.result import RESULT_FILE, Comparison, Item, ModelSide, write_result
 from quantkit.compare.sampler import ProgressCallback, Sampler, Settings, Shot
 from quantkit.compare.scoring import Scorer
 from quantkit.compare.summary import by_metric, spread, summaries
@@ -110,8 +110,9 @@ def compare(
 
     shots = [Shot(index, text, seed) for index, text in enumerate(request.prompts) for seed in request.seeds]
     pixels = (sampling.height or 0) * (sampling.width or 0)
-    with stage(output, overwrite=overwrite, need_bytes=len(shots) * pixels * _BYTES_PER_PIXEL) as staging:
-        folder = staging.checkpoint
+    need_bytes = len(shots) * pixels * _BYTES_PER_PIXEL
+    with stage(output, overwrite=overwrite, need_bytes=need_bytes, marker=RESULT_FILE) as staging:
+        folder = staging.content
         sampler = Sampler(
             Settings(device, dtype, request.backend, family.call_kwargs(sampling)),
             shots,

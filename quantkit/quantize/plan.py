@@ -191,11 +191,12 @@ def _plan_component(
             continue
         layer = PlannedLayer(linear.name, linear.in_features, linear.out_features, chosen)
         if problem := _misfit(layer):
-            misfits.append(problem)
+            key = "scheme.group_size" if chosen == default else "layers.overrides"
+            misfits.append(f"{key}: {problem}")
         layers.append(layer)
     if misfits:
         more = f" (and {len(misfits) - 1} more layers)" if len(misfits) > 1 else ""
-        raise RecipeError(f"scheme.group_size: {misfits[0]}{more}")
+        raise RecipeError(f"{misfits[0]}{more}")
     return ComponentPlan(component, family.blocks[component.name], default, tuple(layers), tuple(kept))
 
 

@@ -132,7 +132,7 @@ def quantize(
     need_bytes = plan.nbytes_after + _SLACK_BYTES
     if recipe.scheme.tuned:  # what tuning leaves is there twice until the checkpoint is written
         need_bytes += sum(layer.nbytes for part in plan.components for layer in part.layers)
-    with stage(output, overwrite=overwrite, need_bytes=need_bytes) as staging:
+    with stage(output, overwrite=overwrite, need_bytes=need_bytes, marker="model_index.json") as staging:
         _check_finite(plan.pipeline, on_progress)
         losses: list[BlockLoss] = []
         packs = {part.component.name: round_to_nearest(part.component) for part in plan.components}
@@ -141,7 +141,7 @@ def quantize(
             losses = tune(job, staging.work, on_progress)
             packs = {part.component.name: _from_file(part, Path(job.result)) for part in plan.components}
         versions = library_versions()
-        place_untouched(plan.pipeline, [*packs], staging.checkpoint)
+        place_untouched(plan.pipeline, [*packs], staging.content)
         for part in plan.components:
             config = quantization_config(
                 part, iters=recipe.scheme.iters, autoround_version=versions.get("auto-round", "none")
@@ -150,16 +150,16 @@ def quantize(
                 part,
                 packs[part.component.name],
                 config,
-                staging.checkpoint / part.component.name,
+                staging.content / part.component.name,
                 max_shard_bytes=parse_size(recipe.export.max_shard_size),
                 on_progress=on_progress,
             )
-        errors = _verify(staging.checkpoint, plan, on_progress)
+        errors = _verify(staging.content, plan, on_progress)
         seconds = time.monotonic() - started
-        manifest = _manifest(prepared, errors, losses, versions, device, seconds, staging.checkpoint)
-        (staging.checkpoint / "README.md").write_text(render_card(manifest), encoding="utf-8")
-        manifest["files"] = hash_files(staging.checkpoint, on_progress)
-        write_json(staging.checkpoint / MANIFEST, manifest)
+        manifest = _manifest(prepared, errors, losses, versions, device, seconds, staging.content)
+        (staging.content / "README.md").write_text(render_card(manifest), encoding="utf-8")
+        manifest["files"] = hash_files(staging.content, on_progress)
+        write_json(staging.content / MANIFEST, manifest)
         staging.publish(overwrite=overwrite)
     nbytes = sum(entry["bytes"] for entry in manifest["files"].values())
     return Quantized(output, plan, errors, losses, nbytes, time.monotonic() - started)

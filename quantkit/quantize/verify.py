@@ -142,6 +142,9 @@ def _check_structure(component: Component, family: DiffusionFamily, result: Veri
         config = QuantizationConfig.from_dict(component.quantization or {})
     except CheckpointFormatError as error:
         raise CheckpointError(f"{config_path}: {error}") from error
+    for path in walk_files(component.folder):
+        if path.suffix == ".safetensors" and path not in component.weight_files:
+            result.problems.append(f"{path}: belongs to no weights of the component; remove it")
     model = family.build(component)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     layers = []

@@ -15,8 +15,8 @@ from quantkit.staging import stage
 
 
 def fill(staging, text="new"):
-    (staging.checkpoint / "sub").mkdir()
-    (staging.checkpoint / "sub" / "file").write_text(text)
+    (staging.content / "sub").mkdir()
+    (staging.content / "sub" / "file").write_text(text)
     (staging.work / "log").write_text("log")
 
 
@@ -213,7 +213,24 @@ def test_published_files_were_synced_before_the_rename(tmp_path, monkeypatch):
     )
     with stage(tmp_path / "out", overwrite=False, need_bytes=0) as staging:
         fill(staging)
-        inodes = [path.stat().st_ino for path in (staging.checkpoint, *staging.checkpoint.rglob("*"))]
+        inodes = [path.stat().st_ino for path in (staging.content, *staging.content.rglob("*"))]
         staging.publish(overwrite=False)
     assert set(inodes) <= set(synced)
     assert synced[-1] == tmp_path.stat().st_ino
+
+
+def test_overwrite_replaces_only_folders_that_hold_the_marker(tmp_path):
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter1.txt").write_text("precious")
+    with (
+        pytest.raises(OutputError, match=r"thesis: holds no model_index\.json, so it is not replaced"),
+        stage(out, overwrite=True, need_bytes=0, marker="model_index.json"),
+    ):
+        pytest.fail("was entered")  # pragma: no cover
+    assert (out / "chapter1.txt").read_text() == "precious"
+    (out / "model_index.json").write_text("{}")
+    with stage(out, overwrite=True, need_bytes=0, marker="model_index.json") as staging:
+        fill(staging)
+        staging.publish(overwrite=True)
+    assert not (out / "chapter1.txt").exists()

@@ -205,6 +205,10 @@ def test_an_existing_output_is_kept_unless_overwriting(model, run, tmp_path):
     with pytest.raises(OutputError, match="exists"):
         run(reference, reference)
     assert mine.read_text() == "keep"
+    with pytest.raises(OutputError, match=r"holds no result\.json"):
+        run(reference, reference, overwrite=True)
+    assert mine.read_text() == "keep"
+    (tmp_path / "out" / "result.json").write_text("{}")
     run(reference, reference, overwrite=True)
     assert not mine.exists()
     assert (tmp_path / "out" / "report.html").is_file()
