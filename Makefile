@@ -27,7 +27,8 @@ demo: $(INSTALLED)  ## Quantize the embedded FLUX, compare it with BF16, write t
 	  --output $(OUT)/demo-report --overwrite
 
 test: $(INSTALLED)  ## Run all tests that need no accelerator.
-	$(BIN)/python -m pytest -m 'not gpu and not network' $(PYTEST_ARGS)
+	# One thread each: threads of two processes on the same cores wait for each other in OpenMP's barriers.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not network' -n auto $(PYTEST_ARGS)
 
 test-gpu: $(INSTALLED)  ## Run the tests that need an accelerator.
 	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)

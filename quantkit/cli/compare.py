@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from quantkit.cli.console import output
+from quantkit.cli.console import new_table, output
 from quantkit.cli.models import resolve_model
 from quantkit.cli.progress import Bar
 from quantkit.errors import MissingExtraError, RecipeError
@@ -242,16 +242,13 @@ def _show(bar: Bar, now: Progress) -> None:
 
 
 def _print_result(result: Comparison, folder: Path) -> None:
-    from rich.table import Table
-
     from quantkit.compare.metrics import METRICS
     from quantkit.compare.numbers import milliseconds, short, size, times
     from quantkit.gate.thresholds import describe
 
     verdict = result.verdict
-    table = Table(pad_edge=False)
-    for header in ("metric", "mean", "90 % interval", "wanted", "verdict"):
-        table.add_column(header, justify="right" if header in {"mean", "90 % interval", "wanted"} else "left")
+    numbers = ("mean", "90 % interval", "wanted")
+    table = new_table("", "metric", *numbers, "verdict", right=numbers)
     for row in verdict.rows:
         measured = row.value is not None and row.low is not None and row.high is not None
         table.add_row(
@@ -264,8 +261,8 @@ def _print_result(result: Comparison, folder: Path) -> None:
     output.print(table)
     output.print(f"thresholds: {result.thresholds_source}", markup=False, highlight=False, soft_wrap=True)
     reference, candidate = result.reference, result.candidate
-    ours, theirs = sum(reference.weight_bytes.values()), sum(candidate.weight_bytes.values())
-    line = f"weights {size(theirs)} instead of {size(ours)} ({times(theirs / ours)})"
+    ours, theirs = sum(reference.disk_bytes.values()), sum(candidate.disk_bytes.values())
+    line = f"on disk {size(theirs)} instead of {size(ours)} ({times(theirs / ours)})"
     if reference.step_ms is not None and candidate.step_ms is not None:
         before, after = reference.step_ms.median, candidate.step_ms.median
         line += f"; step {milliseconds(after)} instead of {milliseconds(before)} ({times(after / before)})"

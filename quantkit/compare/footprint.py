@@ -72,7 +72,10 @@ class PeakMemory:
             return None, self._why_not
         if self._device.type == "cpu":
             peak = max(self._peak, _status_bytes("VmHWM") - self._base)
-            return peak, "resident memory of the process above the level before loading"
+            return peak, (
+                "resident memory of the process above the level before loading; the model that runs first also "
+                "pays for what libraries allocate once"
+            )
         peak = torch.accelerator.max_memory_allocated(self._device) - self._base
         return peak, "memory allocated by torch on the device above the level before loading"
 
@@ -103,12 +106,16 @@ def _trim_heap() -> None:
 
 
 def weight_bytes(components: Mapping[str, Any]) -> dict[str, int]:
-    """Return the bytes that parameters and buffers of every torch module hold, shared ones counted once.
+    """Return the bytes that the weights of every torch module take, shared ones counted once.
+
+    Counted are parameters, buffers, and what kernels of packed layers keep beside them.
 
     Args:
         components: Name -> component of a pipeline; those that are no torch modules are skipped.
     """
     import torch
+
+    from quantkit_runtime import W4A16Linear
 
     seen: set[tuple[int, int]] = set()
     sizes = {}
@@ -121,6 +128,7 @@ def weight_bytes(components: Mapping[str, Any]) -> dict[str, int]:
             if key not in seen:
                 seen.add(key)
                 size += tensor.nbytes
+        size += sum(layer.extra_bytes for layer in component.modules() if isinstance(layer, W4A16Linear))
         sizes[name] = size
     return sizes
 

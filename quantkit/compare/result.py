@@ -40,7 +40,7 @@ class ModelSide(Part):
         manifest_sha256: Of its ``quantkit.json``; None if it has none.
         quantization: Component -> scheme in words, e.g. ``W4A16, group 128, symmetric``; empty for 16 bit.
         disk_bytes: Component -> bytes of its files.
-        weight_bytes: Component -> bytes of its parameters and buffers in memory.
+        weight_bytes: Component -> bytes of its weights in memory, with what kernels keep beside packed ones.
         peak_memory_bytes: Highest memory above the level before loading; None if it cannot be measured here.
         peak_memory_note: How it was measured, or why it could not be.
         load_s: Seconds to load.

@@ -59,7 +59,7 @@ PACKED_SUFFIXES = ("qweight", "qzeros", "scales")
 
 _AWQ_STORED_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_LOGICAL_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-_CPU_BLOCK_WEIGHTS = 1 << 19
+_CPU_BLOCK_WEIGHTS = 1 << 20
 # Smallest magnitude of a scale; auto-round clamps to it so that float16 scales stay invertible.
 _SCALE_FLOOR = 1e-5
 

@@ -108,6 +108,11 @@ class W4A16Linear(nn.Module):
         self._kernel = chosen.prepare(spec, self.packed(), self.bias)
         self.backend = chosen.name
 
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes that the kernel keeps in memory beside the buffers; 0 until the layer is prepared."""
+        return 0 if self._kernel is None else self._kernel.extra_bytes
+
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors of the weight by name, as :func:`quantkit_runtime.format.unpack` takes them."""
         return {"qweight": self.qweight, "qzeros": self.qzeros, "scales": self.scales}

@@ -59,6 +59,7 @@ class CpuKernel:
                 torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous(),
             )
         self._other_dtypes = ReferenceKernel(spec.scheme, tensors, bias)
+        self.extra_bytes = sum(tensor.nbytes for tensor in (self._weight, *(self._int4 or ())))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer."""

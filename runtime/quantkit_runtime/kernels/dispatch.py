@@ -43,7 +43,13 @@ class LinearSpec:
 
 
 class LinearKernel(Protocol):
-    """A prepared layer: maps activations (..., K) to (..., N) in the dtype and on the device of the input."""
+    """A prepared layer: maps activations (..., K) to (..., N) in the dtype and on the device of the input.
+
+    Attributes:
+        extra_bytes: What it keeps in memory beside the stored tensors.
+    """
+
+    extra_bytes: int
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer."""

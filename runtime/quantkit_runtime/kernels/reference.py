@@ -19,6 +19,8 @@ from quantkit_runtime.kernels.dispatch import LinearKernel, LinearSpec, register
 class ReferenceKernel:
     """``x @ dequantize(weight).T + bias``, see :class:`quantkit_runtime.kernels.dispatch.LinearKernel`."""
 
+    extra_bytes = 0
+
     def __init__(self, scheme: Scheme, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
         self._scheme = scheme
         self._tensors = dict(tensors)

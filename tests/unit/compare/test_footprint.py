@@ -7,6 +7,7 @@ import torch
 from quantkit.checkpoint import open_pipeline
 from quantkit.compare import footprint
 from quantkit.compare.footprint import PeakMemory, disk_bytes, quantization_of, weight_bytes
+from quantkit_runtime import W4A16Linear
 
 MIB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
@@ -18,6 +19,15 @@ def test_weights_are_counted_by_component_and_shared_ones_once():
     other = torch.nn.Linear(10, 10, bias=False)
     other.weight = tied.weight
     assert weight_bytes({"a": tied, "b": other, "tokenizer": object()}) == {"a": 412, "b": 0}
+
+
+def test_what_a_kernel_keeps_beside_packed_weights_is_counted():
+    layer = W4A16Linear(128, 64, bias=False)
+    packed = sum(buffer.nbytes for buffer in layer.buffers())
+    layer.prepare(torch.bfloat16, backend="reference")
+    assert weight_bytes({"a": layer}) == {"a": packed}
+    layer.prepare(torch.bfloat16, backend="cpu")
+    assert weight_bytes({"a": layer})["a"] >= packed + 128 * 64 * 2
 
 
 @linux
