@@ -5,6 +5,7 @@ Nothing here imports torch or reads a weight, so that plans, inspection and bad-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,11 @@ class Component:
     def nbytes(self) -> int:
         """Bytes of all files of the component."""
         return sum(path.stat().st_size for path in walk_files(self.folder))
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers its tensors hold."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
 
     @property
     def quantization(self) -> dict[str, Any] | None:

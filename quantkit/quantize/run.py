@@ -59,12 +59,12 @@ class Quantized:
     seconds: float
 
 
-def prepare(loaded: LoadedRecipe, source: Path) -> Prepared:
+def prepare(loaded: LoadedRecipe, source: Path | Pipeline) -> Prepared:
     """Check a recipe against a model and plan the run.
 
     Args:
         loaded: The recipe.
-        source: Local folder of the 16-bit model.
+        source: The 16-bit model: its local folder, or what is known of it.
 
     Raises:
         CheckpointError: If the model is incomplete or damaged.
@@ -73,11 +73,11 @@ def prepare(loaded: LoadedRecipe, source: Path) -> Prepared:
     """
     recipe = loaded.recipe
     expected = get_family(recipe.model.family) if recipe.model.family is not None else None
-    pipeline = open_pipeline(source)
+    pipeline = open_pipeline(source) if isinstance(source, Path) else source
     family = detect(pipeline)
     if expected is not None and expected.name != family.name:
         raise UnsupportedModelError(
-            f"{loaded.path}: model.family: is {expected.name}, but {source} is a {family.name} model"
+            f"{loaded.path}: model.family: is {expected.name}, but {pipeline.folder} is a {family.name} model"
         )
     if recipe.model.task != family.task:
         raise UnsupportedModelError(
