@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from quantkit.checkpoint import Pipeline, open_pipeline
 from quantkit.errors import CheckpointError, MissingExtraError
+
+if TYPE_CHECKING:
+    from quantkit.checkpoint import Pipeline
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -66,6 +69,8 @@ def _find_download(hub_id: str, revision: str | None) -> Path | None:
 
 
 def _holds_weights(folder: Path) -> bool:
+    from quantkit.checkpoint import open_pipeline
+
     try:
         components = open_pipeline(folder).components.values()
         return all(part.tensors for part in components if (part.folder / "config.json").is_file())

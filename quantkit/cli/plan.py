@@ -18,8 +18,8 @@ def print_plan(plan: Plan, title: str) -> None:
         plan: To print.
         title: Stands above the table.
     """
-    numbers = ("layers", "parameters", "before", "after", "ratio")
-    table = new_table(title, "component", "scheme", *numbers, right=numbers)
+    numbers = ("layers", "params", "before", "after", "ratio")
+    table = new_table("", "component", "scheme", *numbers, right=numbers)
     planned = {part.component.name: part for part in plan.components}
     parameters = 0
     for name, component in plan.pipeline.components.items():
@@ -33,21 +33,22 @@ def print_plan(plan: Plan, title: str) -> None:
             layers = "\n".join(map(str, schemes.values()))
             table.add_row(name, "\n".join(schemes), layers, count, *_sizes(part.nbytes_before, part.nbytes_after))
         else:
-            table.add_row(name, "16 bit", "", count, *_sizes(component.nbytes, component.nbytes))
+            dtypes = Counter(info.dtype for info in component.tensors.values())
+            table.add_row(name, "\n".join(dtypes), "", count, *_sizes(component.nbytes, component.nbytes))
     table.add_section()
     table.add_row("all", "", "", _billions(parameters), *_sizes(plan.nbytes_before, plan.nbytes_after))
+    output.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
     output.print(table)
 
 
 def _schemes(part: ComponentPlan) -> dict[str, int]:
-    """Return the number of layers of every scheme, and of Linears that stay in 16 bit."""
-    schemes = Counter(
+    """Return the number of Linears by scheme, and by dtype those that stay as they are."""
+    packed = Counter(
         f"W{layer.scheme.bits} g{layer.scheme.group_size} {'sym' if layer.scheme.sym else 'asym'}"
         for layer in part.layers
     )
-    if part.kept:
-        schemes["16 bit"] = len(part.kept)
-    return schemes
+    kept = Counter(part.component.tensors[f"{name}.weight"].dtype for name, _ in part.kept)
+    return dict(packed) | dict(kept)
 
 
 def _sizes(before: int, after: int) -> tuple[str, str, str]:

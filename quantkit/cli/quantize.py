@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantkit.checkpoint import Pipeline
 from quantkit.cli.console import gigabytes, output
 from quantkit.cli.models import resolve_for_plan, resolve_model
 from quantkit.cli.plan import print_plan
@@ -53,15 +53,19 @@ def command(
         name = Path(model).resolve().name if Path(model).is_dir() else model
         given.append(f"model.id={json.dumps(name)}")  # in quotes: a folder may be called 1e5 or null
     loaded = load_recipe(find_recipe(recipe), given)
+    if dry_run:  # transformers warns of keys that no plan depends on, and reads its level when it is imported
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     resolve = resolve_for_plan if dry_run else resolve_model
     source = resolve(model or loaded.recipe.model.id, loaded.recipe.model.revision)
 
     from quantkit.quantize.run import prepare, quantize
 
     prepared = prepare(loaded, source)
-    if isinstance(source, Pipeline):
-        output.print(f"no weights here: planned from the published configuration of {loaded.recipe.model.id}")
-    print_plan(prepared.plan, f"Plan: {loaded.recipe.model.id if isinstance(source, Pipeline) else source}")
+    title = f"Plan: {source}"
+    if not isinstance(source, Path):
+        output.print("no weights here: planned from the published configuration", highlight=False)
+        title = f"Plan: {loaded.recipe.model.id}"
+    print_plan(prepared.plan, title)
     if dry_run:
         return
     target = output_folder or _default_output(loaded.recipe.model.id, loaded.recipe.scheme.bits)

@@ -1,8 +1,8 @@
 """Published models without their weights: their configurations, and what follows from those alone.
 
-A folder here is named by a model's id on the hub and holds the model's configuration files, cut down to the keys that
-shape the architecture; ``README.md`` says where they come from. `open_published` makes a source of it that is planned
-like a downloaded one.
+A folder here is named by a model's id on the hub. It holds the model's configuration files, cut down to the keys
+that shape the architecture or that a plan asks for; ``README.md`` says where they come from. `open_published` makes
+a source of it that is planned like a downloaded one.
 """
 
 from __future__ import annotations
@@ -12,14 +12,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from quantkit.checkpoint import Component, Pipeline, open_pipeline, read_json
 from quantkit.families.base import Family
 from quantkit.families.registry import detect
+from quantkit.recipe.schema import Recipe
 from quantkit_runtime.checkpoint import DTYPE_BYTES, TensorInfo
 
 ROOT = Path(__file__).parent
+SIZES = ROOT / "sizes.json"
 _STORED = "dtypes.json"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a whole model before and after a recipe, as its plan predicts them."""
+
+    before: int
+    after: int
 
 
 @dataclass(frozen=True)
@@ -32,12 +43,14 @@ class PublishedComponent(Component):
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor by name, as the published files hold it.
+        """Every tensor by name, as the published files hold it; empty if the component has no weights.
 
         Raises:
             MissingExtraError: If the library that has the class is not installed.
             CheckpointError: If the installed library does not know the class.
         """
+        if not self.config:  # a scheduler
+            return {}
         tensors = {}
         for name, shape in self.family.tensor_shapes(self.family.build(self)).items():
             dtype = self._dtype(name)
@@ -79,3 +92,26 @@ def open_published(hub_id: str) -> Pipeline:
         for name, part in pipeline.components.items()
     }
     return replace(pipeline, components=components)
+
+
+def size_key(recipe: Recipe) -> dict[str, Any]:
+    """Return all that the sizes of a plan depend on, JSON-ready."""
+    return {
+        "model": recipe.model.id,
+        "scheme": recipe.scheme.model_dump(mode="json", include={"bits", "group_size", "sym", "data_type"}),
+        "layers": recipe.layers.model_dump(mode="json", exclude_defaults=True),
+    }
+
+
+def recall_sizes(recipe: Recipe) -> Sizes | None:
+    """Return what the plan of a recipe would predict, without making it.
+
+    ``sizes.json`` holds it for the recipes that come with quantkit, and so for those that differ from one of them
+    in nothing that sizes depend on.
+
+    Returns:
+        None for any other recipe.
+    """
+    key = size_key(recipe)
+    known = read_json(SIZES)["plans"]
+    return next((Sizes(entry["before"], entry["after"]) for entry in known if entry["of"] == key), None)
