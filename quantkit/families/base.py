@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Component
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
+from quantkit.families.serving import VllmOmni
 from quantkit.recipe.schema import Sampling, Task
 
 if TYPE_CHECKING:
@@ -42,12 +43,14 @@ class DiffusionFamily:
             the published checkpoints.
         sampling: Defaults of every sampling key that the pipelines take. A key that is None here is not a
             parameter of the family.
+        vllm_omni: How vLLM-Omni names and shards the family's Linears; None if that is not known.
     """
 
     name: str
     task: Task
     blocks: Mapping[str, tuple[str, ...]]
     sampling: Sampling
+    vllm_omni: VllmOmni | None = None
 
     def sampling_for(self, *layers: Sampling) -> Sampling:
         """Return the family's sampling defaults, overlaid by each of the given in turn.

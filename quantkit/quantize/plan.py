@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.checkpoint import Component, Pipeline
 from quantkit.errors import CheckpointError, QuantizationError, RecipeError
 from quantkit.families.base import DiffusionFamily, Linear
+from quantkit.families.serving import VllmOmni
 from quantkit.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -251,11 +252,20 @@ def _linear_names(part: ComponentPlan) -> Iterator[str]:
     yield from (name for name, _ in part.kept)
 
 
-def quantization_config(part: ComponentPlan, *, iters: int, autoround_version: str) -> dict[str, Any]:
+def quantization_config(
+    part: ComponentPlan, *, iters: int, autoround_version: str, engine: VllmOmni | None = None
+) -> dict[str, Any]:
     """Return the ``quantization_config`` that tells loaders what the plan made of a component.
 
     The keys are those auto-round itself writes; a layer that differs from the default scheme, or a Linear
-    inside the blocks that stays in 16 bit, is named in ``extra_config``.
+    inside the blocks that stays in 16 bit, is named in ``extra_config``: as in the checkpoint, and as the serving
+    engine calls it if that is something else. Loaders ignore names that their model does not have.
+
+    Args:
+        part: The component.
+        iters: Of the tuning, for the record.
+        autoround_version: For the record.
+        engine: The names that vLLM-Omni gives to the family's Linears.
     """
     default = part.default
     extra: dict[str, dict[str, Any]] = {}
@@ -269,6 +279,8 @@ def quantization_config(part: ComponentPlan, *, iters: int, autoround_version: s
                 "data_type": scheme.data_type,
             }
     extra |= {name: {"bits": 16, "data_type": "float"} for name in part.kept_in_blocks}
+    if engine is not None and not engine.member_keys:
+        extra |= _runtime_keys(part, extra, engine)
     blocks = [block for block in part.blocks if any(layer.name.startswith(f"{block}.") for layer in part.layers)]
     if not blocks:
         raise QuantizationError(f"{part.component.name}: no layer inside its blocks is quantized")
@@ -286,3 +298,21 @@ def quantization_config(part: ComponentPlan, *, iters: int, autoround_version: s
     if extra:
         config["extra_config"] = extra
     return config
+
+
+def _runtime_keys(
+    part: ComponentPlan, extra: Mapping[str, dict[str, Any]], engine: VllmOmni
+) -> dict[str, dict[str, Any]]:
+    """Repeat the settings of layers under the names that a serving engine gives them.
+
+    Layers that it fuses share one name. If their settings differ no key can help; the servability check says so.
+    """
+    members: dict[str, list[str]] = {}
+    for name in [layer.name for layer in part.layers] + part.kept_in_blocks:
+        members.setdefault(engine.name_of(name), []).append(name)
+    keys = {}
+    for runtime_name, names in members.items():
+        settings = extra.get(names[0])
+        if settings is not None and all(extra.get(name) == settings for name in names):
+            keys[runtime_name] = settings
+    return keys
