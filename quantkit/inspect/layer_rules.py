@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from quantkit.checkpoint import TensorInfo
 from quantkit.inspect.metadata_rules import MOVED_BLOCKS
 from quantkit.inspect.quantized import QuantizedModel
 from quantkit.inspect.rule import Breach, each_model
 
 if TYPE_CHECKING:
+    from quantkit_runtime.checkpoint import TensorInfo
     from quantkit_runtime.config import Scheme
 
 _AGAIN = "quantize the model again"

@@ -11,12 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantkit.checkpoint import Component, Pipeline, TensorInfo, open_pipeline, read_json, read_tensors
+from quantkit.checkpoint import Component, Pipeline, open_pipeline, read_json, read_tensors
 from quantkit.errors import CheckpointError, UnsupportedModelError
+from quantkit.families.base import DiffusionFamily
 from quantkit.families.registry import detect
 from quantkit.families.serving import BY_MODEL_TYPE, VllmOmni
 
 if TYPE_CHECKING:
+    from quantkit_runtime.checkpoint import TensorInfo
     from quantkit_runtime.config import QuantizationConfig, Scheme
 
 Layout = Literal["diffusers", "transformers"]
@@ -175,7 +177,7 @@ def _open_pipeline(folder: Path) -> Checkpoint:
         pipeline = open_pipeline(folder)
     except CheckpointError as error:
         return Checkpoint(folder, "diffusers", "", None, (), damage=(str(error),))
-    engine = _engine_of(pipeline)
+    family = _family_of(pipeline)
     models, damage = [], []
     for component in pipeline.components.values():
         try:
@@ -190,17 +192,18 @@ def _open_pipeline(folder: Path) -> Checkpoint:
             models.append(
                 QuantizedModel(
                     *(component.name, component.library, path, KEY, component.quantization, tensors),
-                    engine or VllmOmni(),
+                    (family and family.engine_of(component)) or VllmOmni(),
                 )
             )
+    engine = family.vllm_omni if family is not None else None
     return Checkpoint(
         folder, "diffusers", pipeline.class_name, engine, tuple(models), pipeline.components, tuple(damage)
     )
 
 
-def _engine_of(pipeline: Pipeline) -> VllmOmni | None:
+def _family_of(pipeline: Pipeline) -> DiffusionFamily | None:
     try:
-        return detect(pipeline).vllm_omni
+        return detect(pipeline)
     except UnsupportedModelError:
         return None
 

@@ -5,7 +5,7 @@ from breakable import Breakable, write_language_model
 
 
 @pytest.fixture(scope="session")
-def sound(quantize_tiny, flux_model, tmp_path_factory):
+def sound(quantize_tiny, tmp_path_factory):
     """Folders of sound checkpoints by name; tests must not change them."""
     import tiny
 
