@@ -159,7 +159,11 @@ def trivial_g_idx(model: QuantizedModel) -> Iterator[Breach]:
     """Groups are runs of neighbouring input features: a ``g_idx`` says i // group_size."""
     for layer, scheme in model.stored.items():
         info, shape = model.tensors.get(f"{layer}.g_idx"), model.features(layer)
-        if info is not None and shape is not None and not _is_trivial(info, scheme.group_length(shape[0])):
+        if (
+            info is not None
+            and shape is not None
+            and not _is_trivial(info, shape[0], scheme.group_length(shape[0]))
+        ):
             what = "orders the groups otherwise; engines ignore it and compute something else"
             yield Breach(info.name, what, f"{_AGAIN} without activation order")
 
@@ -265,10 +269,10 @@ def _spell(scheme: Scheme | None) -> str:
     return f"W{scheme.bits} g{scheme.group_size} {'sym' if scheme.sym else 'asym'}"
 
 
-def _is_trivial(info: TensorInfo, group_length: int) -> bool:
+def _is_trivial(info: TensorInfo, in_features: int, group_length: int) -> bool:
     import numpy as np
     from safetensors import safe_open
 
     with safe_open(info.file, framework="numpy") as file:
         found = file.get_tensor(info.name)
-    return bool(np.array_equal(found, np.arange(found.size) // group_length))
+    return bool(np.array_equal(found, np.arange(in_features) // max(group_length, 1)))

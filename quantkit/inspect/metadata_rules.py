@@ -76,7 +76,7 @@ def component(checkpoint: Checkpoint) -> Iterator[Breach]:
 
 def experts_alike(checkpoint: Checkpoint) -> Iterator[Breach]:
     """Where a pipeline has two transformers, both are quantized by the same method."""
-    methods = {model.name: model.config.get("quant_method") for model in checkpoint.models}
+    methods = {model.name: str(model.config.get("quant_method")) for model in checkpoint.models}
     present = [name for name in _TRANSFORMERS if name in checkpoint.components]
     if len({methods.get(name) for name in present}) > 1:
         told = ", ".join(f"{name}: {methods.get(name, 'not quantized')}" for name in present)

@@ -73,3 +73,14 @@ def test_a_model_that_is_not_quantized_is_the_users_mistake(run, flux_model):
 
 def test_an_unknown_engine_is_the_users_mistake(run, sound):
     assert run("inspect", sound["flux"], "--servable", "tgi")[0] == 2
+
+
+def test_a_quantization_says_which_engine_cannot_load_its_result(run, quantize_tiny, flux_model, tmp_path):
+    arguments = ("quantize", "-r", quantize_tiny.recipe, "-m", flux_model, "-o")
+    code, output, _ = run(*arguments, tmp_path / "sound")
+    assert (code, "cannot load it" in output) == (0, False)
+    target = tmp_path / "two-bits"
+    code, output, _ = run(*arguments, target, "--set", "scheme.bits=2")
+    assert code == 0
+    assert f"vllm-omni cannot load it (1 error): quantkit inspect {target} --servable vllm-omni" in output
+    assert run("inspect", target, "--servable", "vllm-omni")[0] == 1

@@ -325,7 +325,7 @@ def scales_that_are_no_matrix(model, _monkeypatch):
 def groups_in_activation_order(model, _monkeypatch):
     size = model.metadata()["group_size"]
     features = 8 * model.tensors()[f"{model.layer}.qweight"].shape[0]
-    order = torch.arange(features).flip(0) // size if features > size else torch.ones(features)
+    order = (torch.arange(features) + size // 2) // size
     model.put({f"{model.layer}.g_idx": order.to(torch.int32)})
 
 
@@ -471,6 +471,30 @@ def test_sizes_of_tensor_parallelism_that_fail_are_named(breakable):
 def test_a_checkpoint_is_checked_for_the_engines_of_its_layout(sound):
     assert check_natural_targets(sound["flux-g128"]).keys() == {"vllm-omni", "diffusers"}
     assert check_natural_targets(sound["llama"]).keys() == {"vllm-omni", "transformers"}
+
+
+@pytest.mark.parametrize("value", [None, [], {}, [[1]], {"a": {"b": 1}}, "", ",", "x", -1, 1e9, True], ids=repr)
+@pytest.mark.parametrize("name", ["flux", "llama"])
+def test_no_metadata_breaks_the_check_itself(breakable, name, value):
+    model = breakable(name)
+    sound = model.metadata()
+    for key in (*sound, "extra_config", "backend", "act_bits"):
+        model.set(**{**sound, "extra_config": None, "backend": None, "act_bits": None, key: value})
+        for target in TARGETS:
+            check_servability(model.folder, target)
+    model.set(**{**sound, "backend": None, "act_bits": None})
+    model.set(extra_config={model.layer: value, "^.*to_k$": {"bits": value, "group_size": value}})
+    for target in TARGETS:
+        check_servability(model.folder, target)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (0, 4), (4, 0), (1, 1), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("suffix", ["qweight", "qzeros", "scales", "g_idx"])
+def test_no_shape_breaks_the_check_itself(breakable, suffix, shape):
+    model = breakable("flux")
+    model.put({f"{model.layer}.{suffix}": torch.zeros(shape, dtype=torch.int32)})
+    for target in TARGETS:
+        assert check_servability(model.folder, target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
