@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,26 +12,71 @@ from quantkit.cli.models import resolve_model
 
 if TYPE_CHECKING:
     from quantkit.inspect.checkpoint import Summary
+    from quantkit.inspect.servability import Finding
+
+_FAIL = 1
+_COLORS = {"error": "red", "warning": "yellow", "info": "dim"}
 
 
 def command(
-    checkpoint: Annotated[str, typer.Argument(help="A pipeline folder, quantized or not.")],
+    checkpoint: Annotated[str, typer.Argument(help="A model folder, quantized or not.")],
+    servable: Annotated[
+        Literal["vllm-omni", "diffusers", "transformers"] | None,
+        typer.Option("--servable", help="Check instead whether this engine can load it; exit code 1 if not."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show what is in a checkpoint: components, sizes, schemes, where it comes from."""
+    """Show what is in a checkpoint: components, sizes, schemes, where it comes from; or what hinders serving it."""
+    folder = resolve_model(checkpoint)
+    if servable is not None:
+        from quantkit.inspect.servability import check_servability
+
+        findings = check_servability(folder, servable)
+        if as_json:
+            _print_json(
+                {"checkpoint": str(folder), "target": servable, "findings": [vars(one) for one in findings]}
+            )
+        else:
+            _print_findings(folder, servable, findings)
+        if any(finding.severity == "error" for finding in findings):
+            raise typer.Exit(_FAIL)
+        return
+
+    from dataclasses import asdict
+
     from quantkit.inspect.checkpoint import summarize
 
-    summary = summarize(resolve_model(checkpoint))
+    summary = summarize(folder)
     if as_json:
-        import json
-        from dataclasses import asdict
-
-        typer.echo(json.dumps(asdict(summary), indent=2, default=str))
-        return
-    _print(summary)
+        _print_json(asdict(summary))
+    else:
+        _print_summary(summary)
 
 
-def _print(summary: Summary) -> None:
+def _print_json(data: object) -> None:
+    import json
+
+    typer.echo(json.dumps(data, indent=2, default=str))
+
+
+def _print_findings(folder: Path, target: str, findings: list[Finding]) -> None:
+    from rich.markup import escape
+
+    if findings:
+        table = new_table(f"{folder} for {target}", "severity", "rule", "where", "what", "mend")
+        for finding in findings:
+            where = f"{finding.model}: {finding.place}" if finding.model else finding.place
+            color = _COLORS[finding.severity]
+            texts = (finding.rule, where, finding.what, finding.mend)
+            table.add_row(f"[{color}]{finding.severity}[/]", *map(escape, texts))
+        output.print(table)
+    counts = {word: sum(finding.severity == word for finding in findings) for word in ("error", "warning")}
+    verdict = "[bold red]FAIL[/]" if counts["error"] else "[bold green]PASS[/]"
+    told = ", ".join(f"{count} {word}{'s' * (count != 1)}" for word, count in counts.items())
+    output.print(f"{verdict} {target}: {told} in {folder}", highlight=False, soft_wrap=True)
+
+
+def _print_summary(summary: Summary) -> None:
     table = new_table(
         f"{summary.folder} ({summary.class_name})",
         *("component", "class", "size", "tensors", "quantized layers", "dtypes by size"),

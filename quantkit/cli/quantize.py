@@ -103,4 +103,8 @@ def _print_result(result: Quantized, target: Path) -> None:
         f"{median(errors.values()):.4f} (median), {errors[worst]:.4f} ({worst})",
         highlight=False,
     )
+    for engine, findings in result.servability.items():
+        if count := sum(finding.severity == "error" for finding in findings):
+            told = f"({count} error{'s' * (count != 1)}): quantkit inspect {target} --servable {engine}"
+            output.print(f"[yellow]{engine} cannot load it[/] {told}", highlight=False, soft_wrap=True)
     output.print(f"[bold]{target}[/]: {gigabytes(result.nbytes)}", highlight=False, soft_wrap=True)

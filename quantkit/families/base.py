@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Component, Pipeline
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
+from quantkit.families.serving import LANGUAGE_MODEL, VllmOmni
 from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling, Task
 
@@ -56,6 +57,8 @@ class Family(ABC):
             knows more than that they are outside.
         block_outputs: For block classes that auto-round does not know, what their forward returns, in order.
             Without it, tuning would feed every block the first one's text states.
+        vllm_omni: How vLLM-Omni names and shards the Linears of the diffusion transformers; None if that is not
+            known.
     """
 
     name: str
@@ -66,6 +69,11 @@ class Family(ABC):
     optional: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     block_outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    vllm_omni: VllmOmni | None = None
+
+    def engine_of(self, component: Component) -> VllmOmni | None:
+        """Return how vLLM-Omni names and shards the Linears of a component; None if that is not known."""
+        return self.vllm_omni if component.library == "diffusers" else LANGUAGE_MODEL
 
     def sampling_for(self, *layers: Sampling) -> Sampling:
         """Return the family's sampling defaults, overlaid by each of the given in turn.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quantkit.families.base import DiffusionFamily
+from quantkit.families.serving import VllmOmni
 from quantkit.recipe.schema import Sampling
 
 FLUX = DiffusionFamily(
@@ -17,5 +18,9 @@ FLUX = DiffusionFamily(
         true_cfg_scale=1.0,
         negative_prompt="",
         max_sequence_length=512,
+    ),
+    vllm_omni=VllmOmni(
+        renames=((r"\.to_[qkv]$", ".to_qkv"), (r"\.add_[qkv]_proj$", ".add_kv_proj")),
+        row_parallel=(r"\.to_out\.0$", r"\.to_add_out$", r"\.net\.2$"),
     ),
 )

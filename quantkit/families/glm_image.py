@@ -7,6 +7,7 @@ half of the model, but a changed token changes the whole picture.
 from __future__ import annotations
 
 from quantkit.families.base import DiffusionFamily
+from quantkit.families.serving import VllmOmni
 from quantkit.recipe.schema import Sampling
 
 GLM_IMAGE = DiffusionFamily(
@@ -31,5 +32,6 @@ GLM_IMAGE = DiffusionFamily(
         "model.visual": "the vision tower",
         "lm_head": "the head",
     },
+    vllm_omni=VllmOmni(renames=((r"\.to_[qkv]$", ".to_qkv"),), row_parallel=(r"\.to_out\.0$", r"\.net\.2$")),
     block_outputs={"GlmImageTransformerBlock": ("hidden_states", "encoder_hidden_states")},
 )

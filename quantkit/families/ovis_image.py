@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quantkit.families.base import DiffusionFamily
+from quantkit.families.serving import VllmOmni
 from quantkit.recipe.schema import Sampling
 
 OVIS_IMAGE = DiffusionFamily(
@@ -17,4 +18,5 @@ OVIS_IMAGE = DiffusionFamily(
         negative_prompt="",
         max_sequence_length=256,
     ),
+    vllm_omni=VllmOmni(unsupported="its Ovis-Image builds 16-bit layers only, packed ones find no place"),
 )

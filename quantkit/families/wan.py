@@ -11,6 +11,7 @@ from dataclasses import replace
 from quantkit.checkpoint import Pipeline, read_json
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.families.base import DiffusionFamily
+from quantkit.families.serving import VllmOmni
 from quantkit.recipe.schema import Sampling
 
 _KEPT = {
@@ -18,6 +19,15 @@ _KEPT = {
     "condition_embedder": "embeds time and text once for all blocks",
     "proj_out": "the final projection",
 }
+_VLLM_OMNI = VllmOmni(
+    renames=(
+        (r"\.attn1\.to_[qkv]$", ".attn1.to_qkv"),  # cross attention stays in three
+        (r"\.to_out\.0$", ".to_out"),
+        (r"\.ffn\.net\.0\.proj$", ".ffn.net_0.proj"),
+        (r"\.ffn\.net\.2$", ".ffn.net_2"),
+    ),
+    row_parallel=(r"\.to_out\.0$", r"\.ffn\.net\.2$"),
+)
 
 
 class _TwoExperts(DiffusionFamily):
@@ -59,6 +69,7 @@ T2V = _TwoExperts(
         max_sequence_length=512,
     ),
     kept=_KEPT,
+    vllm_omni=_VLLM_OMNI,
 )
 
 I2V = replace(
@@ -82,4 +93,5 @@ TI2V = DiffusionFamily(
         max_sequence_length=512,
     ),
     kept=_KEPT,
+    vllm_omni=_VLLM_OMNI,
 )

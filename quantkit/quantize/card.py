@@ -61,6 +61,10 @@ def render_card(manifest: dict[str, Any]) -> str:
         "",
         "diffusers loads it too, with auto-round installed: `DiffusionPipeline.from_pretrained(...)`.",
         "",
+        "| serving engine | can load it | limits |",
+        "|---|---|---|",
+        *(_engine_row(engine, findings) for engine, findings in manifest["servability"].items()),
+        "",
         "## Error of the weights",
         "",
         "Relative L2 distance of a dequantized layer from its source weight:",
@@ -80,6 +84,23 @@ def render_card(manifest: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _engine_row(engine: str, findings: list[dict[str, Any]]) -> str:
+    errors, warnings = (
+        [
+            f"`{finding['where']}`{_more(finding['count'])} {finding['what']}"
+            for finding in findings
+            if finding["severity"] == severity
+        ]
+        for severity in ("error", "warning")
+    )
+    verdict = f"no: {'; '.join(errors)}" if errors else "yes"
+    return f"| {engine} | {verdict} | {'; '.join(warnings) or 'none known'} |"
+
+
+def _more(count: int) -> str:
+    return f" and {count - 1} more" if count > 1 else ""
 
 
 def _row(component: str, entry: dict[str, Any]) -> str:

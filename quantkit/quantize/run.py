@@ -12,6 +12,8 @@ from quantkit.checkpoint import Pipeline, open_pipeline, read_header
 from quantkit.errors import CheckpointError, OutputError, QuantizationError, UnsupportedModelError
 from quantkit.families.base import Family
 from quantkit.families.registry import detect, get_family
+from quantkit.inspect.rule import Target
+from quantkit.inspect.servability import Finding, check_natural_targets
 from quantkit.quantize.card import render_card
 from quantkit.quantize.export import place_untouched, write_component, write_json
 from quantkit.quantize.manifest import SCHEMA_VERSION, hash_files, library_versions
@@ -54,6 +56,8 @@ class Quantized:
     plan: Plan
     errors: list[LayerError]
     losses: list[BlockLoss]
+    servability: dict[Target, list[Finding]]
+    """What keeps each serving engine from the checkpoint, or limits it."""
     nbytes: int
     """Of all files of the checkpoint."""
     seconds: float
@@ -150,7 +154,10 @@ def quantize(
         place_untouched(plan.pipeline, [*packs], staging.content)
         for part in plan.components:
             config = quantization_config(
-                part, iters=recipe.scheme.iters, autoround_version=versions.get("auto-round", "none")
+                part,
+                iters=recipe.scheme.iters,
+                autoround_version=versions.get("auto-round", "none"),
+                engine=prepared.family.engine_of(part.component),
             )
             write_component(
                 part,
@@ -163,12 +170,14 @@ def quantize(
         errors = _verify(staging.content, plan, on_progress)
         seconds = time.monotonic() - started
         manifest = _manifest(prepared, errors, losses, versions, device, seconds, staging.content)
+        servability = check_natural_targets(staging.content)
+        manifest["servability"] = {target: [vars(one) for one in found] for target, found in servability.items()}
         (staging.content / "README.md").write_text(render_card(manifest), encoding="utf-8")
         manifest["files"] = hash_files(staging.content, on_progress)
         write_json(staging.content / MANIFEST, manifest)
         staging.publish(overwrite=overwrite)
     nbytes = sum(entry["bytes"] for entry in manifest["files"].values())
-    return Quantized(output, plan, errors, losses, nbytes, time.monotonic() - started)
+    return Quantized(output, plan, errors, losses, servability, nbytes, time.monotonic() - started)
 
 
 def _check_finite(pipeline: Pipeline, on_progress: OnProgress) -> None:

@@ -10,7 +10,7 @@ Source of the format: auto-round 0.16, ``export/export_to_autoround/export.py`` 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -275,10 +275,19 @@ def _read_overrides(
     return exact, tuple(patterns)
 
 
-def _reject_active_features(settings: Mapping[str, Any], where: str) -> None:
+def active_features(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the keys of a ``quantization_config`` or an override that ask for more than packed integer weights.
+
+    Such are quantized activations or caches, rotations, and the layer choices of other formats.
+    """
     for key, inert in _INERT_VALUES.items():
         if key in settings and settings[key] not in inert:
-            raise CheckpointFormatError(
-                f"{where}.{key}: {settings[key]!r} is not supported; this runtime computes with 16-bit activations "
-                "and plain integer weights"
-            )
+            yield key
+
+
+def _reject_active_features(settings: Mapping[str, Any], where: str) -> None:
+    for key in active_features(settings):
+        raise CheckpointFormatError(
+            f"{where}.{key}: {settings[key]!r} is not supported; this runtime computes with 16-bit activations "
+            "and plain integer weights"
+        )
