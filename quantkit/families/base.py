@@ -57,8 +57,7 @@ class Family(ABC):
             knows more than that they are outside.
         block_outputs: For block classes that auto-round does not know, what their forward returns, in order.
             Without it, tuning would feed every block the first one's text states.
-        vllm_omni: How vLLM-Omni names and shards the Linears of the diffusion transformers; None if that is not
-            known.
+        vllm_omni: How vLLM-Omni names and shards the Linears that are quantized; None if that is not known.
     """
 
     name: str

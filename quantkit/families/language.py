@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.checkpoint import Component
 from quantkit.errors import CheckpointError, MissingExtraError
 from quantkit.families.base import Family, Linear
+from quantkit.families.serving import LANGUAGE_MODEL, VllmOmni
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,13 @@ class LanguageFamily(Family):
             ``quantization_config``, beside the top level, e.g. ``("thinker_config.text_config",)``.
     """
 
+    vllm_omni: VllmOmni | None = LANGUAGE_MODEL
     config_sections: tuple[str, ...] = ()
+
+    def engine_of(self, component: Component) -> VllmOmni | None:
+        """Return the names of the language model's Linears, see `Family.engine_of`."""
+        del component  # there is but one
+        return self.vllm_omni
 
     def build(self, component: Component) -> torch.nn.Module:
         """Build a class of transformers, see `Family.build`."""

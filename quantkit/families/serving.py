@@ -7,7 +7,6 @@ A layer that differs from the default scheme must be named there as it is called
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -56,15 +55,3 @@ LANGUAGE_MODEL = VllmOmni(
     member_keys=True,
 )
 """Decoders in the manner of Qwen: fused q/k/v, fused gate and up, fused experts."""
-
-BY_MODEL_TYPE: Mapping[str, VllmOmni] = {
-    "qwen2_5_omni": LANGUAGE_MODEL,
-    "qwen3_omni_moe": LANGUAGE_MODEL,
-    "bagel": VllmOmni(
-        renames=LANGUAGE_MODEL.renames,
-        row_parallel=LANGUAGE_MODEL.row_parallel,
-        member_keys=True,
-        unvalidated="its quantized BAGEL has not been validated upstream",
-    ),
-}
-"""Models without a ``model_index.json``, by the ``model_type`` of their ``config.json``."""

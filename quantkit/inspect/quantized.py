@@ -15,7 +15,7 @@ from quantkit.checkpoint import Component, Pipeline, open_pipeline, read_json, r
 from quantkit.errors import CheckpointError, UnsupportedModelError
 from quantkit.families.base import Family
 from quantkit.families.registry import detect
-from quantkit.families.serving import BY_MODEL_TYPE, VllmOmni
+from quantkit.families.serving import VllmOmni
 
 if TYPE_CHECKING:
     from quantkit_runtime.checkpoint import TensorInfo
@@ -201,10 +201,10 @@ def _open_pipeline(folder: Path) -> Checkpoint:
     )
 
 
-def _family_of(pipeline: Pipeline) -> Family | None:
+def _family_of(model: Path | Pipeline) -> Family | None:
     try:
-        return detect(pipeline)
-    except UnsupportedModelError:
+        return detect(model)
+    except (CheckpointError, UnsupportedModelError):
         return None
 
 
@@ -212,7 +212,8 @@ def _open_model(folder: Path) -> Checkpoint:
     path = folder / "config.json"
     config = read_json(path)
     architecture = str(config.get("model_type", ""))
-    engine = BY_MODEL_TYPE.get(architecture)
+    family = _family_of(folder)
+    engine = family.vllm_omni if family is not None else None
     damage: tuple[str, ...] = ()
     tensors: Mapping[str, TensorInfo] = {}
     try:

@@ -280,9 +280,9 @@ def quantization_config(
     """Return the ``quantization_config`` that tells loaders what the plan made of a component.
 
     The keys are those auto-round itself writes; a layer that differs from the default scheme, or a Linear
-    inside the blocks that stays in 16 bit, is named in ``extra_config``: as in the checkpoint, by its alias if it has
-    one, and as the serving engine calls it if that is something else. Loaders ignore names that their model does not
-    have.
+    inside the blocks that stays in 16 bit, is named in ``extra_config``: as in the checkpoint, by its alias if it
+    has one, and as the serving engine calls it if that is something else. Loaders ignore names that their model
+    does not have.
 
     Args:
         part: The component.

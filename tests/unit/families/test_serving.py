@@ -3,9 +3,8 @@
 import pytest
 
 from quantkit.families.registry import family_names, get_family
-from quantkit.families.serving import BY_MODEL_TYPE
 
-OMNI = BY_MODEL_TYPE["qwen3_omni_moe"]
+OMNI = get_family("qwen3-omni").vllm_omni
 
 
 @pytest.mark.parametrize("name", family_names())
