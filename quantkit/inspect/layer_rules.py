@@ -227,12 +227,12 @@ def tensor_parallel(model: QuantizedModel) -> Iterator[Breach]:
 
 @each_model
 def weight_names(model: QuantizedModel) -> Iterator[Breach]:
-    """Weights of a diffusers class are called ``diffusion_pytorch_model*.safetensors``."""
-    if model.library == "diffusers":
-        for file in sorted({info.file for info in model.tensors.values()}):
-            if not file.name.startswith("diffusion_pytorch_model"):
-                mend = "rename it (and in the index) to diffusion_pytorch_model*.safetensors"
-                yield Breach(str(file), "has a name that diffusers does not look for", mend)
+    """Weights are called as the model's library looks for them."""
+    stem = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}.get(model.library, "")
+    for file in sorted({info.file for info in model.tensors.values()}):
+        if not file.name.startswith(stem):
+            mend = f"rename it, also in the index, to {stem}*.safetensors"
+            yield Breach(str(file), f"has a name that {model.library} does not look for", mend)
 
 
 @each_model
