@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from quantkit.inspect.metadata_rules import MOVED_BLOCKS
-from quantkit.inspect.quantized import QuantizedModel
+from quantkit.inspect.quantized import PACKED_SUFFIXES, QuantizedModel
 from quantkit.inspect.rule import Breach, each_model
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from quantkit_runtime.config import Scheme
 
 _AGAIN = "quantize the model again"
-_PACKED_SUFFIXES = ("qweight", "qzeros", "scales")
 _CUDA_GROUP_SIZES = (-1, 32, 64, 128)
 _XPU_BITS = (2, 4)
 _XPU_K_STEP = 32
@@ -107,7 +106,7 @@ def fused_schemes(model: QuantizedModel) -> Iterator[Breach]:
 def complete(model: QuantizedModel) -> Iterator[Breach]:
     """A packed layer has ``qweight``, ``qzeros`` and ``scales``."""
     for layer, tensors in model.packed.items():
-        if missing := [suffix for suffix in _PACKED_SUFFIXES if suffix not in tensors]:
+        if missing := [suffix for suffix in PACKED_SUFFIXES if suffix not in tensors]:
             yield Breach(layer, f"lacks {' and '.join(missing)}", _AGAIN)
 
 
@@ -240,9 +239,8 @@ def float32_modules(model: QuantizedModel) -> Iterator[Breach]:
     """No module relies on float32: the AutoRound loader casts those that the class keeps in it."""
     for name, info in model.tensors.items():
         if info.dtype == "F32":
-            yield Breach(
-                name, "is float32; the loader casts it to the dtype of the rest", "load with quantkit-runtime"
-            )
+            what = "is float32; the loader casts it to the dtype of the rest"
+            yield Breach(name, what, "load with quantkit-runtime")
 
 
 @each_model
