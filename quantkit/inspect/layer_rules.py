@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from quantkit.inspect.metadata_rules import MOVED_BLOCKS
-from quantkit.inspect.quantized import QuantizedModel
+from quantkit.inspect.quantized import PACKED_SUFFIXES, QuantizedModel
 from quantkit.inspect.rule import Breach, each_model
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from quantkit_runtime.config import Scheme
 
 _AGAIN = "quantize the model again"
-_PACKED_SUFFIXES = ("qweight", "qzeros", "scales")
 _CUDA_GROUP_SIZES = (-1, 32, 64, 128)
 _XPU_BITS = (2, 4)
 _XPU_K_STEP = 32
@@ -107,7 +106,7 @@ def fused_schemes(model: QuantizedModel) -> Iterator[Breach]:
 def complete(model: QuantizedModel) -> Iterator[Breach]:
     """A packed layer has ``qweight``, ``qzeros`` and ``scales``."""
     for layer, tensors in model.packed.items():
-        if missing := [suffix for suffix in _PACKED_SUFFIXES if suffix not in tensors]:
+        if missing := [suffix for suffix in PACKED_SUFFIXES if suffix not in tensors]:
             yield Breach(layer, f"lacks {' and '.join(missing)}", _AGAIN)
 
 
@@ -227,12 +226,12 @@ def tensor_parallel(model: QuantizedModel) -> Iterator[Breach]:
 
 @each_model
 def weight_names(model: QuantizedModel) -> Iterator[Breach]:
-    """Weights of a diffusers class are called ``diffusion_pytorch_model*.safetensors``."""
-    if model.library == "diffusers":
-        for file in sorted({info.file for info in model.tensors.values()}):
-            if not file.name.startswith("diffusion_pytorch_model"):
-                mend = "rename it (and in the index) to diffusion_pytorch_model*.safetensors"
-                yield Breach(str(file), "has a name that diffusers does not look for", mend)
+    """Weights are called as the model's library looks for them."""
+    stem = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}.get(model.library, "")
+    for file in sorted({info.file for info in model.tensors.values()}):
+        if not file.name.startswith(stem):
+            mend = f"rename it, also in the index, to {stem}*.safetensors"
+            yield Breach(str(file), f"has a name that {model.library} does not look for", mend)
 
 
 @each_model
@@ -240,9 +239,8 @@ def float32_modules(model: QuantizedModel) -> Iterator[Breach]:
     """No module relies on float32: the AutoRound loader casts those that the class keeps in it."""
     for name, info in model.tensors.items():
         if info.dtype == "F32":
-            yield Breach(
-                name, "is float32; the loader casts it to the dtype of the rest", "load with quantkit-runtime"
-            )
+            what = "is float32; the loader casts it to the dtype of the rest"
+            yield Breach(name, what, "load with quantkit-runtime")
 
 
 @each_model

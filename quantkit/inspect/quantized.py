@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 Layout = Literal["diffusers", "transformers"]
 KEY = "quantization_config"
-_WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "ImageProcessor")
-_PACKED_SUFFIXES = ("qweight", "qzeros", "scales")
+PACKED_SUFFIXES = ("qweight", "qzeros", "scales")
+_WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class QuantizedModel:
         layers: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self.tensors.items():
             layer, _, suffix = name.rpartition(".")
-            if suffix in _PACKED_SUFFIXES:
+            if suffix in PACKED_SUFFIXES:
                 layers.setdefault(layer, {})[suffix] = info
         return layers
 
@@ -119,7 +119,7 @@ class QuantizedModel:
     def features(self, layer: str) -> tuple[int, int] | None:
         """Return in_features K and out_features N of a packed layer; None if tensors of it are missing."""
         tensors, scheme = self.packed[layer], self.scheme_of(layer)
-        if scheme is None or len(tensors) < len(_PACKED_SUFFIXES):
+        if scheme is None or len(tensors) < len(PACKED_SUFFIXES):
             return None
         if any(len(info.shape) != 2 for info in tensors.values()):
             return None
@@ -138,7 +138,7 @@ class Checkpoint:
         architecture: Class of the pipeline or type of the model.
         engine: How vLLM-Omni builds it; None if that is not known.
         models: What is quantized in it, as far as it can be read.
-        components: The quantized components by name; empty in transformers' layout.
+        components: Every component of a pipeline by name; empty in transformers' layout.
         damage: One line for each file or component that is missing or damaged.
         misplaced: Every ``quantization_config`` that stands where no loader looks, by file and key.
     """

@@ -65,7 +65,7 @@ RULES: tuple[Rule, ...] = (
     Rule("group-size", "error", _OMNI, layers.group_size),
     Rule("xpu", "warning", _OMNI, layers.xpu),
     Rule("tensor-parallel", "warning", _OMNI, layers.tensor_parallel),
-    Rule("weight-names", "error", _DIFFUSERS, layers.weight_names),
+    Rule("weight-names", "error", _LOADERS, layers.weight_names),
     Rule("float32-modules", "warning", _DIFFUSERS, layers.float32_modules),
     Rule("experts-lost", "error", _TRANSFORMERS, layers.fused_experts),
 )

@@ -95,6 +95,13 @@ def test_what_quantkit_writes_of_a_family_can_be_served(quantize_family, name):
     assert [finding.rule for finding in errors["vllm-omni"]] == unsupported
 
 
+def test_a_quantized_language_model_inside_a_pipeline_is_a_warning_for_vllm_omni(quantize_family):
+    output = quantize_family("glm_image", "layers.components=[transformer, vision_language_encoder]").output
+    assert errors_of(output) == {"vllm-omni": [], "diffusers": []}
+    found = [finding for finding in check_servability(output, "vllm-omni") if finding.rule == "component"]
+    assert [(finding.severity, finding.model) for finding in found] == [("warning", "vision_language_encoder")]
+
+
 def test_layers_that_vllm_omni_renames_are_excluded_under_both_names(quantize_family):
     result = quantize_family("wan_t2v", "layers.exclude=['*.0.attn1.to_[qkv]', '*.0.*.to_out.0', '*.0.ffn.net.*']")
     assert errors_of(result.output) == {"vllm-omni": [], "diffusers": []}

@@ -377,8 +377,9 @@ def few_groups_in_a_down_projection(model, _monkeypatch):
 
 
 @breaks("weight-names")
-def transformers_file_names(model, _monkeypatch):
-    model.weights.rename(model.model / "model.safetensors")
+def file_names_of_the_other_library(model, _monkeypatch):
+    stem = "model" if model.pipeline else "diffusion_pytorch_model"
+    model.weights.rename(model.model / f"{stem}.safetensors")
 
 
 @breaks("float32-modules")
