@@ -15,6 +15,7 @@ from typing import Any
 from quantkit.errors import CheckpointError
 from quantkit_runtime import checkpoint
 from quantkit_runtime.checkpoint import TensorInfo
+from quantkit_runtime.config import find_quantization
 from quantkit_runtime.errors import CheckpointFormatError
 
 SINGLE_MODEL = "model"
@@ -53,8 +54,15 @@ class Component:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The component's ``quantization_config``, if it is quantized."""
-        found = self.config.get("quantization_config")
+        """The component's ``quantization_config``, if it is quantized.
+
+        Raises:
+            CheckpointError: If its ``config.json`` holds several that differ.
+        """
+        try:
+            found = find_quantization(self.config)
+        except CheckpointFormatError as error:
+            raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from error
         return found if isinstance(found, dict) else None
 
 
@@ -65,6 +73,11 @@ class Pipeline:
     folder: Path
     class_name: str
     components: Mapping[str, Component]
+
+    @property
+    def index_file(self) -> str:
+        """Name of the file by which its folder shows that it is a model."""
+        return "config.json" if SINGLE_MODEL in self.components else "model_index.json"
 
     @property
     def other_files(self) -> list[Path]:

@@ -1,13 +1,18 @@
 """What quantkit asks of a model family.
 
 A family that is a diffusers pipeline with Linears in repeated blocks needs no more than an instance of
-`DiffusionFamily`; see ``flux.py``.
+`DiffusionFamily`; see ``flux.py``. One that is a single transformers model is a
+`quantkit.families.language.LanguageFamily`.
+
+Every tensor and layer name that passes between a family and the rest of quantkit is that of the checkpoint's files,
+whatever the library calls the module that it loads them into.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +36,8 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class DiffusionFamily:
-    """A family whose models are diffusers pipelines.
+class Family(ABC):
+    """What is particular to one kind of model.
 
     Attributes:
         name: As recipes spell it.
@@ -40,20 +45,23 @@ class DiffusionFamily:
         blocks: For each component that is quantized, the module lists that hold its repeated blocks. Linears
             inside are quantized, those outside (embedders, final norm and projection) stay in 16 bit, as in
             the published checkpoints.
-        sampling: Defaults of every sampling key that the pipelines take. A key that is None here is not a
-            parameter of the family.
+        sampling: Defaults of every sampling key that the models take. A key that is None here is not a parameter
+            of the family.
+        aliases: Other names of blocks: libraries that rename modules while loading look for these in a
+            ``quantization_config``.
     """
 
     name: str
     task: Task
     blocks: Mapping[str, tuple[str, ...]]
     sampling: Sampling
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def sampling_for(self, *layers: Sampling) -> Sampling:
         """Return the family's sampling defaults, overlaid by each of the given in turn.
 
         Raises:
-            RecipeError: If one of them names a key that the family's pipelines do not take.
+            RecipeError: If one of them names a key that the family's models do not take.
         """
         result = self.sampling
         for layer in layers:
@@ -67,16 +75,46 @@ class DiffusionFamily:
         return result
 
     def call_kwargs(self, sampling: Sampling) -> dict[str, Any]:
-        """Return the keyword arguments of a pipeline call, without prompt, generator and callback."""
+        """Return the keyword arguments of a call that samples, without prompt, generator and callback."""
         return dict(sampling.given())
 
+    @abstractmethod
     def build(self, component: Component) -> torch.nn.Module:
         """Build the component's architecture on the meta device, from its configuration alone.
 
         Raises:
-            MissingExtraError: If diffusers is not installed.
+            MissingExtraError: If the library that has the class is not installed.
             CheckpointError: If the configuration does not describe the class.
         """
+
+    def tensor_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor that a checkpoint of the architecture holds."""
+        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    @abstractmethod
+    def linears(self, component: Component, model: torch.nn.Module) -> Iterator[Linear]:
+        """Yield every Linear of a component in the order of its modules."""
+
+    def quantized_config(self, component: Component, quantization: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the component's ``config.json`` with a ``quantization_config`` wherever loaders look for it."""
+        return {**component.config, "quantization_config": dict(quantization)}
+
+    @abstractmethod
+    def load(self, folder: Path, dtype: torch.dtype) -> Any:
+        """Load a reference model for calibration, on the CPU.
+
+        Args:
+            folder: A local model folder.
+            dtype: Of the floating-point weights.
+        """
+
+
+@dataclass(frozen=True)
+class DiffusionFamily(Family):
+    """A family whose models are diffusers pipelines."""
+
+    def build(self, component: Component) -> torch.nn.Module:
+        """Build a class of diffusers, see `Family.build`."""
         try:
             import diffusers
             import torch
@@ -99,7 +137,7 @@ class DiffusionFamily:
         return model
 
     def linears(self, component: Component, model: torch.nn.Module) -> Iterator[Linear]:
-        """Yield every Linear of a component in the order of its modules."""
+        """Yield every Linear; those outside the blocks stay in 16 bit."""
         import torch
 
         blocks = tuple(f"{name}." for name in self.blocks[component.name])
@@ -109,12 +147,7 @@ class DiffusionFamily:
                 yield Linear(name, module.in_features, module.out_features, reason)
 
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
-        """Load a reference pipeline for calibration, on the CPU.
-
-        Args:
-            folder: A local pipeline folder.
-            dtype: Of the floating-point weights.
-        """
+        """Load a pipeline, see `Family.load`."""
         from quantkit_runtime import load_pipeline
 
         return load_pipeline(folder, device="cpu", dtype=dtype)

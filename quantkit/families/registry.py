@@ -8,11 +8,16 @@ from pathlib import Path
 
 from quantkit.checkpoint import Pipeline, open_pipeline
 from quantkit.errors import UnsupportedModelError
-from quantkit.families.base import DiffusionFamily
+from quantkit.families.base import Family
 
-# name -> where it is defined, and the pipeline classes by which it is recognised
+# name -> where it is defined, and the classes of pipelines or single models by which it is recognised
 _FAMILIES = {
     "flux": ("quantkit.families.flux:FLUX", ("FluxPipeline",)),
+    "qwen2.5-omni": (
+        "quantkit.families.qwen2_5_omni:QWEN2_5_OMNI",
+        ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"),
+    ),
+    "qwen3-omni": ("quantkit.families.qwen3_omni:QWEN3_OMNI", ("Qwen3OmniMoeForConditionalGeneration",)),
 }
 
 
@@ -21,7 +26,7 @@ def family_names() -> list[str]:
     return sorted(_FAMILIES)
 
 
-def get_family(name: str) -> DiffusionFamily:
+def get_family(name: str) -> Family:
     """Return a family by name.
 
     Raises:
@@ -32,12 +37,12 @@ def get_family(name: str) -> DiffusionFamily:
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(family_names())}"
         raise UnsupportedModelError(f"model.family: {name} is unknown ({hint})")
     module, _, attribute = _FAMILIES[name][0].partition(":")
-    family: DiffusionFamily = getattr(importlib.import_module(module), attribute)
+    family: Family = getattr(importlib.import_module(module), attribute)
     return family
 
 
-def detect(model: Path | Pipeline) -> DiffusionFamily:
-    """Return the family of a local model folder, by its pipeline class.
+def detect(model: Path | Pipeline) -> Family:
+    """Return the family of a local model folder, by the class of its pipeline or single model.
 
     Raises:
         CheckpointError: If the folder is no model.

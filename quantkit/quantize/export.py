@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Pipeline, walk_files
+from quantkit.checkpoint import Component, Pipeline, walk_files
 from quantkit.quantize.plan import ComponentPlan, PlannedLayer
 from quantkit.quantize.progress import OnProgress, Progress
 from quantkit.quantize.rtn import Pack
@@ -29,7 +29,8 @@ _WEIGHT_SUFFIXES = (
     ".ckpt",
 )
 _REPLACED = {"README.md", "quantkit.json"}
-_STEM = "diffusion_pytorch_model"
+# Names by which libraries look for a model's weights; in a quantized component, files called so are replaced.
+_STEMS = ("diffusion_pytorch_model", "pytorch_model", "model")
 
 
 def is_weight_file(path: Path) -> bool:
@@ -37,13 +38,33 @@ def is_weight_file(path: Path) -> bool:
     return path.name.endswith(_WEIGHT_SUFFIXES)
 
 
+def is_replaced(component: Component, path: Path) -> bool:
+    """Whether the export of a quantized component writes a file of it anew, or leaves it out for what it writes.
+
+    Those are ``config.json`` and the component's weights in whatever form. Other files stay, weights too: a single
+    model may keep a second network or its speakers beside its own.
+    """
+    if path.parent != component.folder:
+        return False
+    if path.name == "config.json" or path in component.weight_files:
+        return True
+    return is_weight_file(path) and path.name.startswith((*_STEMS, _stem(component)))
+
+
+def _stem(component: Component) -> str:
+    """Return what the weight files of a component are called, without shard number and suffix."""
+    if component.library == "diffusers" or not component.weight_files:
+        return _STEMS[0]
+    return component.weight_files[0].name.removesuffix(".safetensors").partition("-")[0]
+
+
 def place_untouched(pipeline: Pipeline, quantized: Sequence[str], target: Path) -> None:
     """Put everything of the source that is not quantized into the checkpoint.
 
     Weights are hard-linked where the file system can, small files copied: people edit those in place.
 
-    Left out are the model card, which the export writes anew, and weights in the root folder: they belong to no
-    component (FLUX.1-dev keeps its single-file original there).
+    Left out are the model card and the manifest, which the export writes anew, and weights in a pipeline's root
+    folder: they belong to no component (FLUX.1-dev keeps its single-file original there).
 
     Args:
         pipeline: The source.
@@ -55,7 +76,9 @@ def place_untouched(pipeline: Pipeline, quantized: Sequence[str], target: Path) 
             _place(path, target / path.relative_to(pipeline.folder))
     for component in pipeline.components.values():
         for path in walk_files(component.folder):
-            if component.name in quantized and (is_weight_file(path) or path.name == "config.json"):
+            if component.name in quantized and is_replaced(component, path):
+                continue
+            if path.parent == pipeline.folder and path.name in _REPLACED:
                 continue
             _place(path, target / path.relative_to(pipeline.folder))
 
@@ -87,19 +110,20 @@ def write_component(
     Args:
         part: What to write.
         pack: Gives the packed tensors of a planned layer.
-        config: The ``quantization_config``.
+        config: The ``config.json``.
         target: The component's folder in the checkpoint being built.
         max_shard_bytes: A new file is begun when the next tensors would pass this size.
         on_progress: Told after each layer.
     """
     target.mkdir(parents=True, exist_ok=True)
+    stem = _stem(part.component)
     shards = _assign_shards(part, max_shard_bytes)
     weight_map: dict[str, str] = {}
     done = 0
     for number, entries in enumerate(shards, start=1):
-        name = f"{_STEM}.safetensors"
+        name = f"{stem}.safetensors"
         if len(shards) > 1:
-            name = f"{_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+            name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for entry in entries:
             if isinstance(entry, PlannedLayer):
@@ -113,8 +137,8 @@ def write_component(
     if len(shards) > 1:
         total = part.nbytes_after
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(target / f"{_STEM}.safetensors.index.json", index)
-    write_json(target / "config.json", {**part.component.config, "quantization_config": config})
+        write_json(target / f"{stem}.safetensors.index.json", index)
+    write_json(target / "config.json", config)
 
 
 def _assign_shards(part: ComponentPlan, max_shard_bytes: int) -> list[list[PlannedLayer | TensorInfo]]:

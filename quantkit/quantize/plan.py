@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Component, Pipeline
 from quantkit.errors import CheckpointError, QuantizationError, RecipeError
-from quantkit.families.base import DiffusionFamily, Linear
+from quantkit.families.base import Family, Linear
 from quantkit.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class ComponentPlan:
     component: Component
     blocks: tuple[str, ...]
     """The module lists that hold the repeated blocks."""
+    aliases: Mapping[str, str]
+    """Other names of blocks, see `quantkit.families.base.Family`."""
     default: Scheme
     """The scheme of every layer that no override names."""
     layers: tuple[PlannedLayer, ...]
@@ -82,7 +84,7 @@ class ComponentPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a whole pipeline."""
+    """The plan of a whole model."""
 
     family: str
     pipeline: Pipeline
@@ -121,7 +123,7 @@ class Plan:
         }
 
 
-def make_plan(pipeline: Pipeline, family: DiffusionFamily, recipe: Recipe) -> Plan:
+def make_plan(pipeline: Pipeline, family: Family, recipe: Recipe) -> Plan:
     """Decide which layers of a model are quantized and how.
 
     Args:
@@ -136,14 +138,14 @@ def make_plan(pipeline: Pipeline, family: DiffusionFamily, recipe: Recipe) -> Pl
     components = []
     for name in family.blocks:
         if name not in pipeline.components:
-            raise CheckpointError(f"{pipeline.folder}: a {family.name} pipeline needs the component {name}")
+            raise CheckpointError(f"{pipeline.folder}: a {family.name} model needs the component {name}")
         component = pipeline.components[name]
         if component.quantization is not None:
             raise CheckpointError(
                 f"{component.folder / 'config.json'}: is quantized already; give the 16-bit original"
             )
         model = family.build(component)
-        _check_weights(component, model)
+        _check_weights(component, family.tensor_shapes(model))
         components.append(_plan_component(component, family, list(family.linears(component, model)), recipe))
     _check_patterns_match(components, recipe)
     if not any(part.layers for part in components):
@@ -151,9 +153,8 @@ def make_plan(pipeline: Pipeline, family: DiffusionFamily, recipe: Recipe) -> Pl
     return Plan(family.name, pipeline, tuple(components))
 
 
-def _check_weights(component: Component, model: torch.nn.Module) -> None:
+def _check_weights(component: Component, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Check that the checkpoint holds exactly the tensors of the architecture."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: info.shape for name, info in component.tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
@@ -171,7 +172,7 @@ def _check_weights(component: Component, model: torch.nn.Module) -> None:
 
 
 def _plan_component(
-    component: Component, family: DiffusionFamily, linears: Sequence[Linear], recipe: Recipe
+    component: Component, family: Family, linears: Sequence[Linear], recipe: Recipe
 ) -> ComponentPlan:
     from quantkit_runtime.config import Scheme
 
@@ -197,7 +198,8 @@ def _plan_component(
     if misfits:
         more = f" (and {len(misfits) - 1} more layers)" if len(misfits) > 1 else ""
         raise RecipeError(f"{misfits[0]}{more}")
-    return ComponentPlan(component, family.blocks[component.name], default, tuple(layers), tuple(kept))
+    blocks = family.blocks[component.name]
+    return ComponentPlan(component, blocks, family.aliases, default, tuple(layers), tuple(kept))
 
 
 def _why_kept(linear: Linear, recipe: Recipe) -> str | None:
@@ -255,7 +257,7 @@ def quantization_config(part: ComponentPlan, *, iters: int, autoround_version: s
     """Return the ``quantization_config`` that tells loaders what the plan made of a component.
 
     The keys are those auto-round itself writes; a layer that differs from the default scheme, or a Linear
-    inside the blocks that stays in 16 bit, is named in ``extra_config``.
+    inside the blocks that stays in 16 bit, is named in ``extra_config``. What has an alias is named by both.
     """
     default = part.default
     extra: dict[str, dict[str, Any]] = {}
@@ -279,10 +281,18 @@ def quantization_config(part: ComponentPlan, *, iters: int, autoround_version: s
         "sym": default.sym,
         "data_type": default.data_type,
         "packing_format": PACKING_FORMAT,
-        "block_name_to_quantize": ",".join(blocks),
+        "block_name_to_quantize": ",".join(name for block in blocks for name in _names(block, part)),
         "iters": iters,
         "autoround_version": autoround_version,
     }
     if extra:
-        config["extra_config"] = extra
+        config["extra_config"] = {name: entry for layer, entry in extra.items() for name in _names(layer, part)}
     return config
+
+
+def _names(name: str, part: ComponentPlan) -> Iterator[str]:
+    """Yield the names of a block or of a layer in one: the checkpoint's, then its alias."""
+    yield name
+    for block, alias in part.aliases.items():
+        if name == block or name.startswith(f"{block}."):
+            yield alias + name.removeprefix(block)

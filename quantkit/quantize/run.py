@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Pipeline, open_pipeline, read_header
 from quantkit.errors import CheckpointError, OutputError, QuantizationError, UnsupportedModelError
-from quantkit.families.base import DiffusionFamily
+from quantkit.families.base import Family
 from quantkit.families.registry import detect, get_family
 from quantkit.quantize.card import render_card
 from quantkit.quantize.export import place_untouched, write_component, write_json
@@ -40,7 +40,7 @@ class Prepared:
     """A run about which all is known that can be known without reading a weight."""
 
     loaded: LoadedRecipe
-    family: DiffusionFamily
+    family: Family
     plan: Plan
     prompts: list[str]
     """Calibration prompts; empty for round-to-nearest."""
@@ -64,7 +64,7 @@ def prepare(loaded: LoadedRecipe, source: Path) -> Prepared:
 
     Args:
         loaded: The recipe.
-        source: Local folder of the 16-bit pipeline.
+        source: Local folder of the 16-bit model.
 
     Raises:
         CheckpointError: If the model is incomplete or damaged.
@@ -77,7 +77,7 @@ def prepare(loaded: LoadedRecipe, source: Path) -> Prepared:
     family = detect(pipeline)
     if expected is not None and expected.name != family.name:
         raise UnsupportedModelError(
-            f"{loaded.path}: model.family: is {expected.name}, but {source} is a {family.name} pipeline"
+            f"{loaded.path}: model.family: is {expected.name}, but {source} is a {family.name} model"
         )
     if recipe.model.task != family.task:
         raise UnsupportedModelError(
@@ -132,7 +132,7 @@ def quantize(
     need_bytes = plan.nbytes_after + _SLACK_BYTES
     if recipe.scheme.tuned:  # what tuning leaves is there twice until the checkpoint is written
         need_bytes += sum(layer.nbytes for part in plan.components for layer in part.layers)
-    with stage(output, overwrite=overwrite, need_bytes=need_bytes, marker="model_index.json") as staging:
+    with stage(output, overwrite=overwrite, need_bytes=need_bytes, marker=plan.pipeline.index_file) as staging:
         _check_finite(plan.pipeline, on_progress)
         losses: list[BlockLoss] = []
         packs = {part.component.name: round_to_nearest(part.component) for part in plan.components}
@@ -149,8 +149,8 @@ def quantize(
             write_component(
                 part,
                 packs[part.component.name],
-                config,
-                staging.content / part.component.name,
+                prepared.family.quantized_config(part.component, config),
+                staging.content / part.component.folder.relative_to(plan.pipeline.folder),
                 max_shard_bytes=parse_size(recipe.export.max_shard_size),
                 on_progress=on_progress,
             )

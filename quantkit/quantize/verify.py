@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 from quantkit.checkpoint import Component, Pipeline, open_pipeline, walk_files
 from quantkit.errors import CheckpointError
-from quantkit.families.base import DiffusionFamily
+from quantkit.families.base import Family
 from quantkit.families.registry import detect
-from quantkit.quantize.export import is_weight_file
+from quantkit.quantize.export import is_replaced, is_weight_file
 from quantkit.quantize.manifest import check_hashes
 from quantkit.quantize.plan import PlannedLayer
 from quantkit.quantize.progress import OnProgress, Progress, ignore
@@ -132,7 +132,7 @@ def _check_weightless(component: Component, result: Verification) -> None:
         result.problems.append(f"{component.folder}: has a config.json but no weights")
 
 
-def _check_structure(component: Component, family: DiffusionFamily, result: Verification) -> list[PlannedLayer]:
+def _check_structure(component: Component, family: Family, result: Verification) -> list[PlannedLayer]:
     """Check names, shapes and dtypes; return the layers that are packed as the metadata says."""
     from quantkit_runtime.config import QuantizationConfig
     from quantkit_runtime.errors import CheckpointFormatError
@@ -143,10 +143,10 @@ def _check_structure(component: Component, family: DiffusionFamily, result: Veri
     except CheckpointFormatError as error:
         raise CheckpointError(f"{config_path}: {error}") from error
     for path in walk_files(component.folder):
-        if path.suffix == ".safetensors" and path not in component.weight_files:
+        if path.suffix == ".safetensors" and is_replaced(component, path) and path not in component.weight_files:
             result.problems.append(f"{path}: belongs to no weights of the component; remove it")
     model = family.build(component)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = family.tensor_shapes(model)
     layers = []
     broken = set()
     for linear in family.linears(component, model):
@@ -286,8 +286,8 @@ def _check_untouched(pipeline: Pipeline, original: Pipeline, result: Verificatio
             result.problems.append(f"{component.folder}: the source has no component {name}")
             continue
         source = original.components[name]
+        result.problems += _compare_files(component, source)
         if component.quantization is None:
-            result.problems += _compare_files(component, source)
             continue
         packed = {tensor for layer in result.layers[name] for tensor in layer.tensors}
         for tensor, info in component.tensors.items():
@@ -308,6 +308,8 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _compare_files(component: Component, source: Component) -> Iterator[str]:
     for path in walk_files(source.folder):
+        if component.quantization is not None and is_replaced(source, path):
+            continue
         copy = component.folder / path.relative_to(source.folder)
         if not copy.is_file():
             yield f"{copy}: is missing"

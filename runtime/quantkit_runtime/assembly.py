@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -193,29 +193,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def quantization_of(config: Mapping[str, Any], path: Path) -> QuantizationConfig | None:
-    """Parse the ``quantization_config`` of a ``config.json``, None if there is none.
-
-    Args:
-        config: Content of the file.
-        path: The file, for messages.
-
-    Raises:
-        CheckpointFormatError: It is not one that this runtime reads.
-    """
-    found = config.get("quantization_config")
-    if found is None:
-        for key, value in config.items():
-            if isinstance(value, Mapping) and quantization_of(value, path) is not None:
-                raise CheckpointFormatError(
-                    f"{path}: {key}.quantization_config: only a top-level quantization_config is read"
-                )
-        return None
-    if not isinstance(found, Mapping):
-        raise CheckpointFormatError(f"{path}: quantization_config: must be a mapping, not {found!r}")
-    try:
-        return QuantizationConfig.from_dict(found)
-    except CheckpointFormatError as error:
-        raise CheckpointFormatError(f"{path}: {error}") from None

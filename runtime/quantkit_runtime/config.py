@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from quantkit_runtime.errors import CheckpointFormatError
@@ -177,6 +178,65 @@ class QuantizationConfig:
         if type(values.get("bits")) is int and values["bits"] >= UNQUANTIZED_BITS:
             return None
         return replace(self.scheme, **values)
+
+
+def find_quantization(config: Mapping[str, Any]) -> Any:
+    """Return the ``quantization_config`` of a ``config.json``, None if there is none.
+
+    A model of several stages may hold it in a stage's section instead of, or as well as, at the top level.
+
+    Args:
+        config: Content of the file.
+
+    Raises:
+        CheckpointFormatError: Two of them differ.
+    """
+    found: list[tuple[str, Any]] = []
+    _collect_quantization(config, "", found)
+    for where, other in found[1:]:
+        if other != found[0][1]:
+            raise CheckpointFormatError(
+                f"{where}: differs from {found[0][0]}; quantize the model again or make them equal"
+            )
+    return found[0][1] if found else None
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a ``config.json``'s content without any ``quantization_config``."""
+    return {
+        key: without_quantization(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }
+
+
+def _collect_quantization(section: Mapping[str, Any], prefix: str, found: list[tuple[str, Any]]) -> None:
+    if section.get("quantization_config") is not None:
+        found.append((f"{prefix}quantization_config", section["quantization_config"]))
+    for key, value in section.items():
+        if key != "quantization_config" and isinstance(value, Mapping):
+            _collect_quantization(value, f"{prefix}{key}.", found)
+
+
+def quantization_of(config: Mapping[str, Any], path: Path) -> QuantizationConfig | None:
+    """Parse the ``quantization_config`` of a ``config.json``, None if there is none.
+
+    Args:
+        config: Content of the file.
+        path: The file, for messages.
+
+    Raises:
+        CheckpointFormatError: It is not one that this runtime reads.
+    """
+    try:
+        found = find_quantization(config)
+        if found is None:
+            return None
+        if not isinstance(found, Mapping):
+            raise CheckpointFormatError(f"quantization_config: must be a mapping, not {found!r}")
+        return QuantizationConfig.from_dict(found)
+    except CheckpointFormatError as error:
+        raise CheckpointFormatError(f"{path}: {error}") from None
 
 
 def _read_blocks(value: Any) -> tuple[str, ...] | None:

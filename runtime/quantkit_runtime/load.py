@@ -8,8 +8,7 @@ code from a model repository is run.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit_runtime.assembly import assemble, quantization_of
+from quantkit_runtime.architecture import build_transformers, class_of, find_class, library_errors
+from quantkit_runtime.assembly import assemble
 from quantkit_runtime.checkpoint import WeightFiles, read_json
-from quantkit_runtime.config import QuantizationConfig
+from quantkit_runtime.config import QuantizationConfig, quantization_of
 from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError
 from quantkit_runtime.optional import import_optional
 
@@ -71,11 +71,11 @@ def load_pipeline(
         if quantization is None:
             WeightFiles(folder / name)  # damage shows here, with the file's name
             continue
-        model_class = _model_class(entry[0], entry[1], index_path)
+        model_class = find_class(entry[0], entry[1], index_path)
         packed[name] = _load_packed(
             folder / name, model_class, quantization, target, dtype, compute=compute, backend=backend
         )
-    with _library_errors(folder):
+    with library_errors(folder):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, **packed
         )
@@ -111,12 +111,12 @@ def load_model(
     folder = _local_folder(path)
     config_path = folder / "config.json"
     config = read_json(config_path)
-    model_class = _class_of_config(config, config_path)
+    model_class = class_of(config, config_path)
     quantization = quantization_of(config, config_path)
     if quantization is not None:
         return _load_packed(folder, model_class, quantization, target, dtype, compute=compute, backend=backend)
     WeightFiles(folder)
-    with _library_errors(folder):
+    with library_errors(folder):
         model: nn.Module = model_class.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True
         )
@@ -152,7 +152,7 @@ def _diffusers_builder(folder: Path, model_class: Any, dtype: torch.dtype) -> Ca
     del dtype  # diffusers' configurations have none
 
     def build() -> nn.Module:
-        with _library_errors(folder):
+        with library_errors(folder):
             config = model_class.load_config(folder)
             # diffusers would hand the model to its own AutoRound loader.
             config.pop("quantization_config", None)
@@ -163,51 +163,8 @@ def _diffusers_builder(folder: Path, model_class: Any, dtype: torch.dtype) -> Ca
 
 
 def _transformers_builder(folder: Path, model_class: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        with _library_errors(folder):
-            config = model_class.config_class.from_pretrained(folder, local_files_only=True)
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
-            config.dtype = dtype
-            model: nn.Module = model_class(config)
-            return model
-
-    return build
-
-
-def _class_of_config(config: dict[str, Any], path: Path) -> Any:
-    if "_class_name" in config:
-        return _model_class("diffusers", config["_class_name"], path)
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        raise CheckpointFormatError(f"{path}: architectures: missing; it must name the model's class")
-    return _model_class("transformers", architectures[0], path)
-
-
-def _model_class(library: str, name: str, path: Path) -> Any:
-    if library not in ("diffusers", "transformers"):
-        raise CheckpointFormatError(
-            f"{path}: {name}: its library {library!r} is not supported; only diffusers and transformers are"
-        )
-    found = getattr(import_optional(library), name, None)
-    if found is None:
-        raise CheckpointFormatError(
-            f"{path}: {name}: unknown to the installed {library}; upgrade {library} (code from model "
-            "repositories is not run)"
-        )
-    return found
-
-
-@contextmanager
-def _library_errors(folder: Path) -> Iterator[None]:
-    """Turn what diffusers and transformers raise on bad folders into one line that names the folder."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, CheckpointFormatError):
-        raise
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointFormatError(f"{folder}: cannot be loaded: {reason}") from error
+    path = folder / "config.json"
+    return lambda: build_transformers(model_class, read_json(path), path, dtype)
 
 
 def _available_device(device: str | torch.device) -> torch.device:

@@ -192,7 +192,7 @@ def test_an_unknown_family(fails, model):
 def test_a_model_of_no_known_family(fails, model):
     index = model / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "OtherPipeline"}))
-    assert fails(RECIPE, model) == "./model: no family knows OtherPipeline (known: flux)"
+    assert fails(RECIPE, model).startswith("./model: no family knows OtherPipeline (known: ")
 
 
 def test_a_task_that_the_family_does_not_do(fails, model):

@@ -419,11 +419,11 @@ BREAKAGES = {
         lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
         "vae: no safetensors weights found",
     ),
-    "nested quantization_config": (
+    "two quantization_configs that differ": (
         lambda f: (f / "transformer" / "config.json").write_text(
-            json.dumps({"text_config": {"quantization_config": {**VALID_METADATA}}})
+            json.dumps({"quantization_config": VALID_METADATA, "text": {"quantization_config": {"bits": 8}}})
         ),
-        "text_config.quantization_config: only a top-level quantization_config is read",
+        "transformer/config.json: text.quantization_config: differs from quantization_config",
     ),
 }
 VALID_METADATA = {"quant_method": "auto-round", "bits": 4, "group_size": 64, "sym": True}

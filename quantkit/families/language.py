@@ -1,0 +1,99 @@
+"""Families whose models are one transformers model: its language model is quantized, all around it stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.checkpoint import Component
+from quantkit.errors import CheckpointError, MissingExtraError
+from quantkit.families.base import Family, Linear
+
+if TYPE_CHECKING:
+    import torch
+
+ROUTERS = (".mlp.gate", ".mlp.shared_expert_gate")
+"""How the names of Linears end that send tokens to experts; an error there changes who computes."""
+
+
+@dataclass(frozen=True)
+class LanguageFamily(Family):
+    """A family whose models are a single transformers model.
+
+    Linears inside the blocks are quantized, except routers. The experts of a layer are Linears of their own,
+    whatever transformers fuses them into. Class and names of modules are the installed transformers' own, see
+    `quantkit_runtime.names`.
+
+    Attributes:
+        config_sections: Sections of ``config.json`` where engines that run the model in stages look for the
+            ``quantization_config``, beside the top level, e.g. ``("thinker_config.text_config",)``.
+    """
+
+    config_sections: tuple[str, ...] = ()
+
+    def build(self, component: Component) -> torch.nn.Module:
+        """Build a class of transformers, see `Family.build`."""
+        import torch
+
+        from quantkit_runtime.architecture import build_transformers, class_of
+        from quantkit_runtime.errors import CheckpointFormatError, MissingDependencyError
+
+        path = component.folder / "config.json"
+        try:
+            model_class = class_of(component.config, path)
+            with torch.device("meta"):
+                return build_transformers(model_class, component.config, path, torch.bfloat16)
+        except CheckpointFormatError as error:
+            raise CheckpointError(str(error)) from error
+        except MissingDependencyError as error:
+            raise MissingExtraError("transformers", "quantize") from error
+
+    def tensor_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor of the checkpoint, each expert's apart."""
+        from quantkit_runtime.names import checkpoint_tensors
+
+        return {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(model).items()}
+
+    def linears(self, component: Component, model: torch.nn.Module) -> Iterator[Linear]:
+        """Yield every Linear, experts and routers among them."""
+        import torch
+
+        from quantkit_runtime.names import CheckpointNames
+
+        blocks = tuple(f"{name}." for name in self.blocks[component.name])
+        names = CheckpointNames(model)
+        modules = dict(model.named_modules())
+        for tensor, shape in self.tensor_shapes(model).items():
+            if len(shape) != 2 or not tensor.endswith(".weight"):
+                continue
+            name = tensor.removesuffix(".weight")
+            place = names.place(tensor)
+            routes = name.endswith(ROUTERS)
+            is_linear = isinstance(modules.get(place.name.removesuffix(".weight")), torch.nn.Linear)
+            if not (is_linear or routes or place.pattern is not None):  # an embedding
+                continue
+            reason = None
+            if not name.startswith(blocks):
+                reason = "outside the language model's blocks"
+            elif routes:
+                reason = "a router"
+            yield Linear(name, shape[1], shape[0], reason)
+
+    def quantized_config(self, component: Component, quantization: Mapping[str, Any]) -> dict[str, Any]:
+        """Put the ``quantization_config`` at the top level and into every one of ``config_sections``."""
+        config = super().quantized_config(component, quantization)
+        for section in self.config_sections:
+            parent = config
+            for key in section.split("."):
+                parent[key] = dict(parent.get(key) or {})
+                parent = parent[key]
+            parent["quantization_config"] = dict(quantization)
+        return config
+
+    def load(self, folder: Path, dtype: torch.dtype) -> Any:
+        """Load the model, see `Family.load`."""
+        from quantkit_runtime import load_model
+
+        return load_model(folder, device="cpu", dtype=dtype)

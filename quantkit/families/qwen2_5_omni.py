@@ -1,0 +1,24 @@
+"""Qwen2.5-Omni: a thinker that reads text, images, audio and video and writes text, a talker that speaks it.
+
+Quantized is the thinker's language model. Its towers, the talker and token2wav stay as they are: 4 bit there is
+heard at once and saves little.
+"""
+
+from __future__ import annotations
+
+from quantkit.families.language import LanguageFamily
+from quantkit.recipe.schema import Sampling
+
+THINKER_BLOCKS = "thinker.model.layers"
+# transformers 5.21 put the language model into a module of its own; checkpoints keep the old name.
+THINKER_ALIASES = {THINKER_BLOCKS: "thinker.model.language_model.layers"}
+THINKER_SECTION = "thinker_config.text_config"
+
+QWEN2_5_OMNI = LanguageFamily(
+    name="qwen2.5-omni",
+    task="chat",
+    blocks={"model": (THINKER_BLOCKS,)},
+    sampling=Sampling(),
+    aliases=THINKER_ALIASES,
+    config_sections=(THINKER_SECTION,),
+)
