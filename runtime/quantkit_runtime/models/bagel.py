@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -226,7 +227,7 @@ class Bagel(nn.Module):
     Calling it reads text: token ids to logits.
     """
 
-    # The VAE's, when the index names them beside the model's own.
+    # The VAE's, which lie beside the model's own.
     _keys_to_ignore_on_load_unexpected = (r"^(encoder|decoder)\.",)
 
     def __init__(self, config: BagelConfig) -> None:
@@ -241,6 +242,15 @@ class Bagel(nn.Module):
         self.latent_pos_embed = PositionTable(config.latent_positions, hidden_size)
         self.vae2llm = nn.Linear(config.latent_dim, hidden_size)
         self.llm2vae = nn.Linear(hidden_size, config.latent_dim)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Bagel:
+        """Build the model that the configuration files of a folder describe, without loading its weights.
+
+        Raises:
+            CheckpointFormatError: See `BagelConfig.read`.
+        """
+        return cls(BagelConfig.read(folder))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return the logits of the next token after each token of a text.
