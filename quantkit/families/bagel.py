@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Component
 from quantkit.errors import CheckpointError
@@ -52,6 +52,48 @@ class BagelFamily(LanguageFamily):
                 yield replace(linear, keep_reason="of the drawing expert", optional=True)
             else:
                 yield linear
+
+    def text_model(self, model: Any) -> torch.nn.Module:
+        """Return the decoder, see `LanguageFamily.text_model`."""
+        return _text_model(model)
+
+    def tokenize(self, tokenizer: Any, text: str, max_tokens: int) -> dict[str, torch.Tensor]:
+        """Put a text between BAGEL's marks of begin and end, see `LanguageFamily.tokenize`."""
+        import torch
+
+        begin, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        tokens = tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_tokens - 2)
+        return {"input_ids": torch.tensor([[begin, *tokens["input_ids"], end]])}
+
+
+def _text_model(bagel: Any) -> torch.nn.Module:
+    import torch
+    from transformers import PretrainedConfig
+
+    class TextModel(torch.nn.Module):
+        """The decoder alone, with what auto-round asks of a model."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.language_model = bagel.language_model
+            # Named by no model_type: auto-round would replace what it takes for a BAGEL.
+            self.config = PretrainedConfig()
+            self.name_or_path = ""
+
+        @property
+        def device(self) -> torch.device:
+            return next(self.parameters()).device
+
+        @property
+        def dtype(self) -> torch.dtype:
+            return next(self.parameters()).dtype
+
+        def forward(self, input_ids: torch.Tensor, **_masks: Any) -> torch.Tensor:
+            # auto-round masks the last token; a causal decoder needs no mask for a text that is not padded.
+            result: torch.Tensor = self.language_model(input_ids)
+            return result
+
+    return TextModel()
 
 
 BAGEL = BagelFamily(

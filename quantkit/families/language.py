@@ -93,6 +93,15 @@ class LanguageFamily(Family):
             parent["quantization_config"] = dict(quantization)
         return config
 
+    def text_model(self, model: Any) -> torch.nn.Module:
+        """Return the part of a loaded model that reads text, its modules named as in the whole; by default all."""
+        whole: torch.nn.Module = model
+        return whole
+
+    def tokenize(self, tokenizer: Any, text: str, max_tokens: int) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for one calibration text, as a batch of one."""
+        return dict(tokenizer(text, truncation=True, max_length=max_tokens, return_tensors="pt"))
+
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
         """Load the model, see `Family.load`."""
         from quantkit_runtime import load_model

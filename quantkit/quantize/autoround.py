@@ -10,6 +10,7 @@ output. It ends itself when its parent dies.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
+from quantkit.families.language import LanguageFamily
 from quantkit.families.registry import get_family
 from quantkit.quantize.tuning import Job, Layer
 
@@ -88,25 +90,23 @@ def _run(job: Job, emit: Callable[..., None], follower: _Follower) -> None:
 
     import torch
     from auto_round import AutoRound, SignRoundConfig
-    from auto_round.calibration import diffusion as calibration
     from auto_round.compressors import orchestrator
     from safetensors.torch import save_file
 
     logging.getLogger("autoround").addHandler(follower)
-    calibration.tqdm = _bar("calibrate", emit, follower)
     orchestrator.tqdm = _bar("tune", emit, follower)
     emit("progress", stage="load", done=0, total=1, detail=job.source)
-    pipe = get_family(job.family).load(Path(job.source), torch.bfloat16)
+    family = get_family(job.family)
+    loaded = family.load(Path(job.source), torch.bfloat16)
     emit("progress", stage="load", done=1, total=1, detail=job.source)
-    pipe.set_progress_bar_config(disable=True)
-    seeds = iter(range(job.noise_seed, job.noise_seed + job.nsamples))
-
-    def draw(pipeline: Any, prompts: list[str], **_given: Any) -> None:
-        # auto-round would start every prompt from the same noise, and decode images that nobody looks at.
-        generator = torch.Generator("cpu").manual_seed(next(seeds))
-        pipeline(prompts, generator=generator, output_type="latent", **job.call_kwargs)
-
-    pipe._autoround_pipeline_fn = draw
+    if isinstance(family, LanguageFamily):
+        tuned = family.text_model(loaded)
+        components = dict.fromkeys(job.layers, tuned)
+        calibration = _calibrate_by_reading(family, tuned, job, emit)
+    else:
+        tuned = loaded
+        components = {name: getattr(loaded, name) for name in job.layers}
+        calibration = _calibrate_by_drawing(loaded, job, _bar("calibrate", emit, follower))
     layer_config = {
         name: {"bits": 16} if layer.bits == 16 else asdict(layer)
         for layers in job.layers.values()
@@ -116,28 +116,71 @@ def _run(job: Job, emit: Callable[..., None], follower: _Follower) -> None:
     # auto-round collects garbage dozens of times; what is loaded by now need not be walked each time.
     gc.freeze()
     tuner = AutoRound(
-        pipe,
+        tuned,
         scheme={**asdict(job.default), "data_type": "int"},
         alg_configs=SignRoundConfig(
             iters=job.iters, lr=job.lr, minmax_lr=job.minmax_lr, gradient_accumulate_steps=job.batch_size
         ),
         layer_config=layer_config,
-        dataset=job.dataset or [([str(index)], [prompt]) for index, prompt in enumerate(job.prompts)],
         nsamples=job.nsamples,
         batch_size=1,
         device_map=job.device,
         seed=job.seed,
         low_cpu_mem_usage=False,
         enable_torch_compile=False if job.device == "cpu" else None,
-        calib_num_inference_steps=job.call_kwargs["num_inference_steps"],
-        guidance_scale=job.call_kwargs.get("guidance_scale", 1.0),
+        **calibration,
     )
     tuner.quantize()
     if follower.refusal is not None:
         raise _Gone(follower.refusal)
     for component, layers in job.layers.items():
-        packed = dict(_pack(getattr(pipe, component), layers))
+        packed = dict(_pack(components[component], layers))
         save_file(packed, Path(job.result) / f"{component}.safetensors")
+
+
+def _calibrate_by_drawing(pipe: Any, job: Job, bar: type) -> dict[str, Any]:
+    """Let a pipeline draw the calibration images; return what `AutoRound` is to be told of it."""
+    import torch
+    from auto_round.calibration import diffusion
+
+    diffusion.tqdm = bar
+    pipe.set_progress_bar_config(disable=True)
+    seeds = iter(range(job.noise_seed, job.noise_seed + job.nsamples))
+
+    def draw(pipeline: Any, prompts: list[str], **_given: Any) -> None:
+        # auto-round would start every prompt from the same noise, and decode images that nobody looks at.
+        generator = torch.Generator("cpu").manual_seed(next(seeds))
+        pipeline(prompts, generator=generator, output_type="latent", **job.call_kwargs)
+
+    pipe._autoround_pipeline_fn = draw
+    return {
+        "dataset": job.dataset or [([str(index)], [prompt]) for index, prompt in enumerate(job.prompts)],
+        "calib_num_inference_steps": job.call_kwargs["num_inference_steps"],
+        "guidance_scale": job.call_kwargs.get("guidance_scale", 1.0),
+    }
+
+
+def _calibrate_by_reading(
+    family: LanguageFamily, model: torch.nn.Module, job: Job, emit: Callable[..., None]
+) -> dict[str, Any]:
+    """Let a model read the calibration texts; return what `AutoRound` is to be told of it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job.source, local_files_only=True, trust_remote_code=False)
+    done = itertools.count(1)
+
+    def count(*_call: Any) -> None:
+        emit("progress", stage="calibrate", done=next(done), total=job.nsamples, detail="")
+
+    model.register_forward_pre_hook(count)
+    texts = [family.tokenize(tokenizer, text, job.seqlen) for text in job.prompts]
+    return {
+        "tokenizer": tokenizer,
+        "dataset": job.dataset or texts,
+        # auto-round drops texts of fewer tokens, and cuts those of a data set to this length.
+        "seqlen": job.seqlen if job.dataset else 1,
+        "to_quant_block_names": ",".join(block for blocks in family.blocks.values() for block in blocks),
+    }
 
 
 def _pack(model: torch.nn.Module, layers: Mapping[str, Layer]) -> Iterator[tuple[str, Tensor]]:

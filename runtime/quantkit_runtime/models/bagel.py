@@ -189,6 +189,11 @@ class LanguageModel(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """See `Bagel.forward`."""
+        logits: Tensor = self.lm_head(self.model(self.model.embed_tokens(input_ids)))
+        return logits
+
 
 class PositionTable(nn.Module):
     """Fixed position embeddings of a square grid, as stored in the checkpoint."""
@@ -261,6 +266,5 @@ class Bagel(nn.Module):
         Returns:
             (B, T, vocabulary), in the model's dtype.
         """
-        decoder = self.language_model.model
-        logits: Tensor = self.language_model.lm_head(decoder(decoder.embed_tokens(input_ids)))
+        logits: Tensor = self.language_model(input_ids)
         return logits
