@@ -110,6 +110,54 @@ def random_model(*, seed: int = 0):
     return model.eval()
 
 
+def qwen3(model, *, expert: str = ""):
+    """Return transformers' Qwen3 with the weights of one expert; it has a bias in o_proj too, here zero."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    text = model.config.text
+    other = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_hidden_layers=text.num_hidden_layers,
+            num_attention_heads=text.num_attention_heads,
+            num_key_value_heads=text.num_key_value_heads,
+            head_dim=text.head_dim,
+            rms_norm_eps=text.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
+            attention_bias=True,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    ours = model.language_model.state_dict()
+    state = {}
+    for name, tensor in other.state_dict().items():
+        if name.endswith("o_proj.bias"):
+            state[name] = torch.zeros_like(tensor)
+            continue
+        parts = name.split(".")
+        position = next(
+            (at for at, part in enumerate(parts) if part == "mlp" or "norm" in part or part.endswith("_proj")), None
+        )
+        if expert and position is not None:
+            parts[position] += expert
+        state[name] = ours[".".join(parts)]
+    other.load_state_dict(state)
+    return other
+
+
+def qwen2_config(config):
+    """Return the configuration of a Qwen2, which has no q_norm and k_norm, with the sizes of a Qwen3."""
+    from transformers import Qwen2Config
+
+    keys = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+    )  # fmt: skip
+    return Qwen2Config(**{key: getattr(config, key) for key in keys})
+
+
 def build_bagel(folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, indexed: bool = True) -> Path:
     """Save a random BAGEL of two layers, 128 wide; return its folder."""
     folder.mkdir(parents=True)

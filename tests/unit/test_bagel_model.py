@@ -10,43 +10,6 @@ def model():
     return tiny_bagel.random_model()
 
 
-def qwen3(model, *, expert=""):
-    """Return transformers' Qwen3 with the weights of one expert; it has a bias in o_proj too, here zero."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    text = model.config.text
-    other = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
-            num_hidden_layers=text.num_hidden_layers,
-            num_attention_heads=text.num_attention_heads,
-            num_key_value_heads=text.num_key_value_heads,
-            head_dim=text.head_dim,
-            rms_norm_eps=text.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
-            attention_bias=True,
-            tie_word_embeddings=False,
-        )
-    ).eval()
-    ours = model.language_model.state_dict()
-    state = {}
-    for name, tensor in other.state_dict().items():
-        if name.endswith("o_proj.bias"):
-            state[name] = torch.zeros_like(tensor)
-            continue
-        parts = name.split(".")
-        position = next(
-            (at for at, part in enumerate(parts) if part == "mlp" or "norm" in part or part.endswith("_proj")), None
-        )
-        if expert and position is not None:
-            parts[position] += expert
-        state[name] = ours[".".join(parts)]
-    other.load_state_dict(state)
-    return other
-
-
 def tokens(model, batch=2, length=9):
     return torch.randint(model.config.text.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
 
@@ -54,7 +17,7 @@ def tokens(model, batch=2, length=9):
 @torch.no_grad()
 def test_logits_equal_those_of_qwen3_with_the_same_weights(model):
     ids = tokens(model)
-    torch.testing.assert_close(model(ids), qwen3(model)(ids).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(ids), tiny_bagel.qwen3(model)(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -62,7 +25,7 @@ def test_latent_tokens_go_through_the_generation_expert_alone(model):
     embedded = model.language_model.model.embed_tokens(tokens(model))
     everywhere = torch.ones(embedded.shape[:2], dtype=torch.bool)
     found = model.language_model.model(embedded, latent=everywhere)
-    expected = qwen3(model, expert="_moe_gen").model(inputs_embeds=embedded).last_hidden_state
+    expected = tiny_bagel.qwen3(model, expert="_moe_gen").model(inputs_embeds=embedded).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
