@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 GROUP_SIZE = 128
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3_omni_moe": "Qwen3OmniMoeForConditionalGeneration"}
 
 
 def write_language_model(folder, model_type, prefix, key, blocks=None):
@@ -27,7 +28,7 @@ def write_language_model(folder, model_type, prefix, key, blocks=None):
         tensors |= packed_layer(f"{prefix}.0.{name}", 1024, 64)
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
-    config = {"model_type": model_type, "architectures": ["Any"]}
+    config = {"model_type": model_type, "architectures": [ARCHITECTURES[model_type]]}
     *stages, last = key.split(".")
     inner = config
     for stage in stages:

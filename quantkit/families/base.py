@@ -35,6 +35,8 @@ class Linear:
     out_features: int
     keep_reason: str | None
     """Why the family leaves it in 16 bit; None if it is quantized by default."""
+    optional: bool = False
+    """Whether a recipe that names it in ``layers.include`` quantizes it, although there is a reason to keep it."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,14 @@ class Family(ABC):
             CheckpointError: If the configuration does not describe the class.
         """
 
-    def tensor_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor that a checkpoint of the architecture holds, of tied ones the first."""
+    def tensor_shapes(self, component: Component, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor that a 16-bit checkpoint holds, of tied ones the first.
+
+        Args:
+            component: What is checked; a family may take a tensor of it as it is.
+            model: From `build`.
+        """
+        del component
         first = {name for name, _ in model.named_parameters()}
         tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}

@@ -57,10 +57,11 @@ class LanguageFamily(Family):
         except MissingDependencyError as error:
             raise MissingExtraError("transformers", "quantize") from error
 
-    def tensor_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(self, component: Component, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor of the checkpoint, each expert's apart."""
         from quantkit_runtime.names import checkpoint_tensors
 
+        del component
         return {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(model).items()}
 
     def linears(self, component: Component, model: torch.nn.Module) -> Iterator[Linear]:
@@ -72,7 +73,7 @@ class LanguageFamily(Family):
         blocks = tuple(f"{name}." for name in self.blocks[component.name])
         names = CheckpointNames(model)
         modules = dict(model.named_modules())
-        for tensor, shape in self.tensor_shapes(model).items():
+        for tensor, shape in self.tensor_shapes(component, model).items():
             if len(shape) != 2 or not tensor.endswith(".weight"):
                 continue
             name = tensor.removesuffix(".weight")
@@ -98,6 +99,15 @@ class LanguageFamily(Family):
                 parent = parent[key]
             parent["quantization_config"] = dict(quantization)
         return config
+
+    def text_model(self, model: Any) -> torch.nn.Module:
+        """Return the part of a loaded model that reads text, its modules named as in the whole; by default all."""
+        whole: torch.nn.Module = model
+        return whole
+
+    def tokenize(self, tokenizer: Any, text: str, max_tokens: int) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for one calibration text, as a batch of one."""
+        return dict(tokenizer(text, truncation=True, max_length=max_tokens, return_tensors="pt"))
 
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
         """Load the model, see `Family.load`."""

@@ -29,6 +29,10 @@ class _Entry:
 
 
 _FAMILIES = {
+    "bagel": _Entry(
+        "quantkit.families.bagel:BAGEL",
+        ("BagelForConditionalGeneration", "OmniBagelForConditionalGeneration", "bagel"),
+    ),
     "flux": _Entry("quantkit.families.flux:FLUX", ("FluxPipeline",)),
     "glm-image": _Entry("quantkit.families.glm_image:GLM_IMAGE", ("GlmImagePipeline",)),
     "ovis-image": _Entry("quantkit.families.ovis_image:OVIS_IMAGE", ("OvisImagePipeline",)),

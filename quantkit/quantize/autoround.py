@@ -10,6 +10,7 @@ output. It ends itself when its parent dies.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
 from quantkit.families.base import Family
+from quantkit.families.language import LanguageFamily
 from quantkit.families.registry import get_family
 from quantkit.quantize.tuning import Job, Layer
 from quantkit.recipe.prompts import Prompt
@@ -93,52 +95,69 @@ def _run(job: Job, emit: Callable[..., None], follower: _Follower) -> None:
 
     import torch
     from auto_round import AutoRound, SignRoundConfig
-    from auto_round.algorithms.block_runner import register_diffusion_output
-    from auto_round.calibration import diffusion as calibration
     from auto_round.compressors import orchestrator
     from safetensors.torch import save_file
 
     logging.getLogger("autoround").addHandler(follower)
-    calibration.tqdm = _bar("calibrate", emit, follower)
     orchestrator.tqdm = _bar("tune", emit, follower)
     family = get_family(job.family)
-    prompts = job.prompts or _download_prompts(job, family)
     emit("progress", stage="load", done=0, total=1, detail=job.source)
-    pipe = family.load(Path(job.source), torch.bfloat16)
+    loaded = family.load(Path(job.source), torch.bfloat16)
     emit("progress", stage="load", done=1, total=1, detail=job.source)
-    pipe.set_progress_bar_config(disable=True)
-    for class_name, outputs in family.block_outputs.items():
-        register_diffusion_output(class_name, list(outputs))
     # auto-round collects garbage dozens of times; what is loaded by now need not be walked each time.
     gc.freeze()
     for component, layers in job.layers.items():
         follower.component = component
-        model = getattr(pipe, component)
+        if isinstance(family, LanguageFamily):
+            model = tuned = family.text_model(loaded)
+            calibration = _calibrate_by_reading(family, model, job, emit)
+        else:
+            model = getattr(loaded, component)
+            tuned, calibration = _calibrate_by_drawing(
+                loaded, component, family, job, _bar("calibrate", emit, follower)
+            )
         tuner = AutoRound(
-            _expose(pipe, component, family, prompts, job),
+            tuned,
             scheme={**asdict(job.default), "data_type": "int"},
             alg_configs=SignRoundConfig(
                 iters=job.iters, lr=job.lr, minmax_lr=job.minmax_lr, gradient_accumulate_steps=job.batch_size
             ),
-            to_quant_block_names=_list_blocks(model, family.blocks[component]),
             layer_config={
                 name: {"bits": 16} if layer.bits == 16 else asdict(layer)
                 for name, layer in layers.items()
                 if layer != job.default
             },
-            dataset=[([str(index)], [index]) for index in range(job.nsamples)],
             nsamples=job.nsamples,
             batch_size=1,
             device_map=job.device,
             seed=job.seed,
             low_cpu_mem_usage=False,
             enable_torch_compile=False if job.device == "cpu" else None,
-            calib_num_inference_steps=job.call_kwargs["num_inference_steps"],
+            **calibration,
         )
         tuner.quantize()
         if follower.refusal is not None:
             raise _Gone(follower.refusal)
         save_file(dict(_pack(model, layers)), Path(job.result) / f"{component}.safetensors")
+
+
+def _calibrate_by_drawing(
+    pipe: Any, component: str, family: Family, job: Job, bar: type
+) -> tuple[Any, dict[str, Any]]:
+    """Let a pipeline draw the calibration images or videos; return what `AutoRound` is to tune and to be told."""
+    from auto_round.algorithms.block_runner import register_diffusion_output
+    from auto_round.calibration import diffusion
+
+    diffusion.tqdm = bar
+    pipe.set_progress_bar_config(disable=True)
+    for class_name, outputs in family.block_outputs.items():
+        register_diffusion_output(class_name, list(outputs))
+    prompts = job.prompts or _download_prompts(job, family)
+    return _expose(pipe, component, family, prompts, job), {
+        "dataset": [([str(index)], [index]) for index in range(job.nsamples)],
+        "calib_num_inference_steps": job.call_kwargs["num_inference_steps"],
+        "to_quant_block_names": _list_blocks(getattr(pipe, component), family.blocks[component]),
+    }
 
 
 def _list_blocks(model: torch.nn.Module, paths: Sequence[str]) -> list[list[str]]:
@@ -199,6 +218,29 @@ def _download_prompts(job: Job, family: Family) -> list[Prompt]:
             f"{job.dataset} holds {len(prompts)} prompts, scheme.nsamples asks for {job.nsamples}; lower it"
         )
     return prompts[: job.nsamples]
+
+
+def _calibrate_by_reading(
+    family: LanguageFamily, model: torch.nn.Module, job: Job, emit: Callable[..., None]
+) -> dict[str, Any]:
+    """Let a model read the calibration texts; return what `AutoRound` is to be told of it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job.source, local_files_only=True, trust_remote_code=False)
+    done = itertools.count(1)
+
+    def count(*_call: Any) -> None:
+        emit("progress", stage="calibrate", done=next(done), total=job.nsamples, detail="")
+
+    model.register_forward_pre_hook(count)
+    texts = [family.tokenize(tokenizer, prompt.text, job.seqlen) for prompt in job.prompts]
+    return {
+        "tokenizer": tokenizer,
+        "dataset": job.dataset or texts,
+        # auto-round drops texts of fewer tokens, and cuts those of a data set to this length.
+        "seqlen": job.seqlen if job.dataset else 1,
+        "to_quant_block_names": ",".join(block for blocks in family.blocks.values() for block in blocks),
+    }
 
 
 def _pack(model: torch.nn.Module, layers: Mapping[str, Layer]) -> Iterator[tuple[str, Tensor]]:

@@ -211,6 +211,7 @@ def _job(prepared: Prepared, device: str, result: Path) -> Job:
         prompts=prepared.prompts,
         dataset=recipe.calibration.dataset,
         nsamples=scheme.nsamples,
+        seqlen=scheme.seqlen,
         call_kwargs=prepared.family.call_kwargs(prepared.family.sampling_for(recipe.sampling, recipe.calibration)),
         iters=scheme.iters,
         lr=scheme.lr,

@@ -22,14 +22,14 @@ from quantkit_runtime.optional import import_optional
 def assemble(
     folder: Path,
     build: Callable[[], nn.Module],
-    quantization: QuantizationConfig,
+    quantization: QuantizationConfig | None,
     *,
     device: torch.device,
     dtype: torch.dtype,
     compute: str,
     backend: str,
 ) -> nn.Module:
-    """Load a packed model in evaluation mode, without gradients.
+    """Load a model in evaluation mode, without gradients.
 
     The checkpoint's tensors decide which layers are packed and the configuration must agree; afterwards every
     tensor of the checkpoint has been used and every parameter and buffer of the model has a value.
@@ -37,7 +37,7 @@ def assemble(
     Args:
         folder: Holds ``config.json`` and the weights.
         build: Makes the unquantized architecture; called where parameters land on the meta device.
-        quantization: The folder's parsed ``quantization_config``.
+        quantization: The folder's parsed ``quantization_config``; None if no layer is packed.
         device: Where the tensors go.
         dtype: For floating tensors of layers that are not packed, except those the model class keeps in float32.
         compute: See :meth:`W4A16Linear.prepare`.
@@ -51,8 +51,9 @@ def assemble(
     files = WeightFiles(folder)
     with _empty_parameters(), _default_dtype(dtype):
         model = build()
-    for name, scheme in _packed_layers(model, files, quantization).items():
-        _swap(model, name, scheme, files)
+    if quantization is not None:
+        for name, scheme in _packed_layers(model, files, quantization).items():
+            _swap(model, name, scheme, files)
     _fill(model, files, device, dtype)
     model.to(device)  # non-persistent buffers were computed on the CPU
     model.eval().requires_grad_(False)

@@ -52,7 +52,8 @@ class PublishedComponent(Component):
         if not self.config:  # a scheduler
             return {}
         tensors = {}
-        for name, shape in self.family.tensor_shapes(self.family.build(self)).items():
+        without_weights = Component(self.name, self.library, self.class_name, self.folder)
+        for name, shape in self.family.tensor_shapes(without_weights, self.family.build(self)).items():
             dtype = self._dtype(name)
             nbytes = math.prod(shape) * int(DTYPE_BYTES[dtype])
             tensors[name] = TensorInfo(name, self.folder / "config.json", dtype, shape, nbytes)

@@ -90,12 +90,12 @@ def unvalidated_family(_model, monkeypatch):
 
 @breaks("architecture-unvalidated", vllm_omni="omni")
 def bagel(model, _monkeypatch):
-    model.edit_json(model.config_path, lambda config: config.update(model_type="bagel"))
+    model.edit_json(model.config_path, lambda config: config.update(architectures=["bagel"]))
 
 
 @breaks("architecture-unknown", vllm_omni="omni")
 def unknown_model_type(model, _monkeypatch):
-    model.edit_json(model.config_path, lambda config: config.update(model_type="unheard-of"))
+    model.edit_json(model.config_path, lambda config: config.update(architectures=["UnheardOf"]))
 
 
 @breaks("config-place", vllm_omni="omni", transformers="llama")
