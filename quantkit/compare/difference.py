@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from quantkit.compare.metrics import flip_map, why_no_flip
+from quantkit.compare.pictures import flip_map, why_no_flip
 
 # Every 16th entry of matplotlib's perceptually uniform "magma" (CC0), which FLIP's own tools use as well.
 _MAGMA = np.array(

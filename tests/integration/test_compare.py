@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import build_flux
 
-from quantkit.compare.run import Request, compare
+from quantkit.compare.request import Request
+from quantkit.compare.run import compare
 from quantkit.recipe.schema import Sampling, Threshold
 
 PROMPTS = ("a red circle on the left", "a blue square on white")
@@ -71,14 +72,14 @@ def results(reference, slight, strong, tmp_path_factory):
 def test_a_pipeline_compared_with_itself_is_exactly_equal(results):
     result = results["reference"]
     assert result.verdict.outcome == "PASS"
-    assert {value for item in result.items for value in item.latent_rel_l2} == {0.0}
+    assert {value for item in result.items for value in item.curves["latent_rel_l2"]} == {0.0}
     assert result.metrics["psnr"].value == 100
     assert result.metrics["weight_memory_ratio"].value == 1
-    assert max(result.noise_floor.latent_rel_l2) == 0
+    assert max(result.noise_floor.curves["latent_rel_l2"]) == 0
 
 
 def test_more_perturbed_weights_diverge_more_at_every_step(results):
-    slight, strong = results["slight"].latent_rel_l2.median, results["strong"].latent_rel_l2.median
+    slight, strong = (results[name].curves["latent_rel_l2"].median for name in ("slight", "strong"))
     assert all(0 < less < more for less, more in zip(slight, strong, strict=True))
     assert results["slight"].verdict.outcome == "PASS"
     assert results["strong"].verdict.outcome == "FAIL"
@@ -167,7 +168,7 @@ def test_the_recipes_thresholds_decide_the_exit_code_with_gate_alone(
     assert ended == code
     assert ("PASS" in out) == (bound == 0.9)
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["prompts"] == list(PROMPTS)
+    assert [prompt["text"] for prompt in result["prompts"]] == list(PROMPTS)
     assert (result["seeds"], len(result["timesteps"])) == ([5], 2)
 
 
@@ -178,7 +179,8 @@ def test_flags_win_over_the_recipe(quantkit, recipe, slight, tmp_path):
     )  # fmt: skip
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert code == 0
-    assert (result["prompts"], result["seeds"], len(result["timesteps"])) == (["a circle"], [8], 3)
+    assert result["prompts"] == [{"text": "a circle", "image": None}]
+    assert (result["seeds"], len(result["timesteps"])) == ([8], 3)
 
 
 def test_an_undecided_comparison_exits_with_3(quantkit, reference, slight, tmp_path, monkeypatch):
