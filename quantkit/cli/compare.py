@@ -14,11 +14,12 @@ from quantkit.cli.models import resolve_model
 from quantkit.cli.progress import Bar
 from quantkit.errors import MissingExtraError, RecipeError
 from quantkit.recipe import LoadedRecipe, find_prompts, find_recipe, load_recipe, read_prompts, recipe_of
+from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling, Task
 
 if TYPE_CHECKING:
     from quantkit.compare.result import Comparison
-    from quantkit.compare.shots import Progress, Prompt
+    from quantkit.compare.shots import Progress
 
 EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 _COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
@@ -221,8 +222,6 @@ def _label(model: str) -> str:
 def _prompts(
     texts: list[str] | None, image: Path | None, file: str | None, loaded: LoadedRecipe | None
 ) -> tuple[Prompt, ...]:
-    from quantkit.compare.shots import Prompt
-
     if texts and file is not None:
         raise RecipeError("--prompt, --prompts: give one of the two")
     if image is not None and not texts:

@@ -112,10 +112,14 @@ def _sheet(role: str, frames: np.ndarray) -> dict[str, Any]:
 
 def _answer(output: AnswerOutput) -> dict[str, Any]:
     """Return both texts in runs of tokens that look alike."""
-    marks = [
-        "" if agrees else f"probability {short(probability)} in the candidate, which prefers another token"
-        for agrees, probability in zip(output.agreement, output.probability, strict=True)
-    ]
+    marks = (
+        [""] * len(output.reference)
+        if not output.agreement
+        else [
+            "" if agrees else f"probability {short(probability)} in the candidate, which prefers another token"
+            for agrees, probability in zip(output.agreement, output.probability, strict=True)
+        ]
+    )
     split = len(output.candidate) if output.first_difference is None else output.first_difference
     return {
         "reference": _runs(output.reference, marks),

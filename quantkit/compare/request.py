@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.compare.shots import Prompt, Shot
+from quantkit.compare.shots import Shot
 from quantkit.errors import MissingExtraError, RecipeError
+from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling, Task, Threshold
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ class Request:
                 raise RecipeError(f"prompts: {index}: has an image, which {self.task} takes none of")
             if prompt.image is not None and not Path(prompt.image).is_file():
                 raise RecipeError(f"{prompt.image}: no such image (prompt {index})")
-        return [Shot(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in self.seeds]
+        # Greedy answers are the same with every seed.
+        seeds = self.seeds[:1] if self.task == "chat" else self.seeds
+        return [Shot(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]
 
 
 def resolve_device(name: str) -> torch.device:

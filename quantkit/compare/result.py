@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from quantkit.compare.shots import Prompt
 from quantkit.errors import CheckpointError
 from quantkit.gate.verdict import Verdict
+from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling, Task
 
 RESULT_FILE = "result.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quantkit.checkpoint import Pipeline, open_pipeline
@@ -16,7 +17,7 @@ from quantkit.compare.request import Request, check_backend, resolve_device, res
 from quantkit.compare.result import INPUTS_FOLDER, RESULT_FILE, Comparison, Item, ModelSide, write_result
 from quantkit.compare.sampler import Sampler
 from quantkit.compare.scoring import Scorer
-from quantkit.compare.shots import ProgressCallback, Prompt, Shot
+from quantkit.compare.shots import ProgressCallback, Shot
 from quantkit.compare.summary import by_metric, curve_spreads, summaries
 from quantkit.compare.tasks import open_task
 from quantkit.compare.tasks.base import Context
@@ -24,6 +25,7 @@ from quantkit.errors import UnsupportedModelError
 from quantkit.families.registry import detect
 from quantkit.gate.thresholds import DEFAULT_THRESHOLDS, check_names
 from quantkit.gate.verdict import judge
+from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling
 from quantkit.staging import stage
 
@@ -73,6 +75,7 @@ def compare(
                 device=device,
                 dtype=dtype,
                 backend=request.backend,
+                family=family,
                 call_kwargs=family.call_kwargs(sampling),
                 lpips_backbone=request.lpips_backbone,
             ),
@@ -116,7 +119,7 @@ def compare(
             scheduler=_scheduler(reference),
             timesteps=task.timesteps,
             prompts=_keep_prompts(shots, folder),
-            seeds=request.seeds,
+            seeds=tuple(dict.fromkeys(shot.seed for shot in shots)),
             reference=reference_side,
             candidate=candidate_side,
             items=items,
@@ -144,7 +147,7 @@ def _keep_prompts(shots: Sequence[Shot], folder: Path) -> tuple[Prompt, ...]:
             name = Path(INPUTS_FOLDER, f"prompt{index:04d}{Path(prompt.image).suffix}")
             (folder / INPUTS_FOLDER).mkdir(exist_ok=True)
             shutil.copyfile(prompt.image, folder / name)
-            prompts[index] = prompt.model_copy(update={"image": str(name)})
+            prompts[index] = replace(prompt, image=str(name))
     return tuple(prompts.values())
 
 

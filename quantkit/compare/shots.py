@@ -6,25 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from quantkit.recipe.prompts import Prompt
 
 Role = Literal["reference", "candidate"]
 StepCallback = Callable[[int, int], None]
 """Called after every step with the steps done and the number of steps."""
-
-
-class Prompt(BaseModel):
-    """What a model is asked.
-
-    Attributes:
-        text: Of the prompt.
-        image: File of the picture that goes with it; None without one.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    text: str
-    image: str | None = None
 
 
 @dataclass(frozen=True)

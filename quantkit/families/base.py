@@ -31,29 +31,25 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class DiffusionFamily:
-    """A family whose models are diffusers pipelines.
+class Family:
+    """What all families have in common.
 
     Attributes:
         name: As recipes spell it.
         task: What its models do.
-        blocks: For each component that is quantized, the module lists that hold its repeated blocks. Linears
-            inside are quantized, those outside (embedders, final norm and projection) stay in 16 bit, as in
-            the published checkpoints.
-        sampling: Defaults of every sampling key that the pipelines take. A key that is None here is not a
-            parameter of the family.
+        sampling: Defaults of every sampling key that the models take. A key that is None here is not a parameter
+            of the family.
     """
 
     name: str
     task: Task
-    blocks: Mapping[str, tuple[str, ...]]
     sampling: Sampling
 
     def sampling_for(self, *layers: Sampling) -> Sampling:
         """Return the family's sampling defaults, overlaid by each of the given in turn.
 
         Raises:
-            RecipeError: If one of them names a key that the family's pipelines do not take.
+            RecipeError: If one of them names a key that the family does not take.
         """
         result = self.sampling
         for layer in layers:
@@ -67,8 +63,21 @@ class DiffusionFamily:
         return result
 
     def call_kwargs(self, sampling: Sampling) -> dict[str, Any]:
-        """Return the keyword arguments of a pipeline call, without prompt, generator and callback."""
+        """Return the keyword arguments of a call, without the prompt and what a comparison adds."""
         return dict(sampling.given())
+
+
+@dataclass(frozen=True)
+class DiffusionFamily(Family):
+    """A family whose models are diffusers pipelines.
+
+    Attributes:
+        blocks: For each component that is quantized, the module lists that hold its repeated blocks. Linears
+            inside are quantized, those outside (embedders, final norm and projection) stay in 16 bit, as in
+            the published checkpoints.
+    """
+
+    blocks: Mapping[str, tuple[str, ...]]
 
     def build(self, component: Component) -> torch.nn.Module:
         """Build the component's architecture on the meta device, from its configuration alone.

@@ -5,9 +5,23 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked.
+
+    Attributes:
+        text: Of the prompt.
+        image: Absolute path of the picture that goes with it; None without one.
+    """
+
+    text: str
+    image: str | None = None
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -42,6 +42,7 @@ class Context:
         device: Where the models run.
         dtype: Of 16 (or 32) bit weights and activations.
         backend: Kernel backend of packed layers.
+        family: Of both models.
         call_kwargs: Sampling, as arguments of the call.
         lpips_backbone: AlexNet weights for LPIPS; None looks in torch hub's cache.
     """
@@ -52,6 +53,7 @@ class Context:
     device: torch.device
     dtype: torch.dtype
     backend: str
+    family: Any
     call_kwargs: Mapping[str, Any]
     lpips_backbone: Path | None
 
