@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ class Pipeline:
     folder: Path
     class_name: str
     components: Mapping[str, Component]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What ``model_index.json`` says beside its components, e.g. ``boundary_ratio``."""
 
     @property
     def other_files(self) -> list[Path]:
@@ -100,7 +102,8 @@ def open_pipeline(folder: Path) -> Pipeline:
         if not (folder / name).is_dir():
             raise CheckpointError(f"{index_path}: {name}: its folder is missing; download the model again")
         components[name] = Component(name, entry[0], entry[1], folder / name)
-    return Pipeline(folder, class_name, components)
+    config = {name: entry for name, entry in index.items() if not isinstance(entry, list)}
+    return Pipeline(folder, class_name, components, config)
 
 
 def _open_single_model(folder: Path) -> Pipeline:

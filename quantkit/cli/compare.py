@@ -229,10 +229,9 @@ def _prompts(
     if texts:
         return tuple(Prompt(text=text, image=str(image) if image is not None else None) for text in texts)
     if file is not None:
-        return tuple(Prompt(text=text) for text in read_prompts(find_prompts(file, None)))
+        return tuple(read_prompts(find_prompts(file, None)))
     if loaded is not None and loaded.recipe.compare.prompts is not None:
-        path = find_prompts(loaded.recipe.compare.prompts, loaded.path)
-        return tuple(Prompt(text=text) for text in read_prompts(path))
+        return tuple(read_prompts(find_prompts(loaded.recipe.compare.prompts, loaded.path)))
     raise RecipeError("prompts: give --prompt, --prompts or a recipe with compare.prompts")
 
 

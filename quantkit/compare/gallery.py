@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.compare.charts import row_chart
-from quantkit.compare.difference import paint
+from quantkit.compare.difference import absolute_error, paint
 from quantkit.compare.embed import embed, embed_frames
 from quantkit.compare.frames import sampled
 from quantkit.compare.kinds import KINDS, Kind
@@ -88,11 +88,8 @@ def _video(output: VideoOutput, folder: Path, psnr: Sequence[float]) -> dict[str
         panels += [_panel("candidate"), _panel("difference")]
     else:
         candidate = read_video(folder / output.candidate, played)
-        errors = np.abs(reference.astype(np.float32) - candidate).mean(axis=-1) / 255
-        panels += [
-            _sheet("candidate", candidate),
-            _sheet("difference", np.stack([paint(error) for error in errors])),
-        ]
+        errors = paint(absolute_error(reference, candidate), "absolute error")
+        panels += [_sheet("candidate", candidate), _sheet("difference", errors)]
     height, width = reference.shape[1:3]
     return {
         "panels": panels,
@@ -112,22 +109,14 @@ def _sheet(role: str, frames: np.ndarray) -> dict[str, Any]:
 
 def _answer(output: AnswerOutput) -> dict[str, Any]:
     """Return both texts in runs of tokens that look alike."""
-    marks = (
-        [""] * len(output.reference)
-        if not output.agreement
-        else [
-            "" if agrees else f"probability {short(probability)} in the candidate, which prefers another token"
-            for agrees, probability in zip(output.agreement, output.probability, strict=True)
-        ]
-    )
-    split = len(output.candidate) if output.first_difference is None else output.first_difference
-    return {
-        "reference": _runs(output.reference, marks),
-        "candidate": _runs(
-            output.candidate, [""] * split + ["after the first difference"] * (len(output.candidate) - split)
-        ),
-        "first_difference": output.first_difference,
-    }
+    marks = [
+        "" if agrees else f"probability {short(probability)} in the candidate, which prefers another token"
+        for agrees, probability in zip(output.agreement, output.probability, strict=True)
+    ]
+    marks = marks or [""] * len(output.reference)  # an answer that could not be scored
+    same = len(output.candidate) if output.first_difference is None else output.first_difference
+    own = [""] * same + ["from the first other token on"] * (len(output.candidate) - same)
+    return {"reference": _runs(output.reference, marks), "candidate": _runs(output.candidate, own)}
 
 
 def _runs(pieces: Sequence[str], marks: Sequence[str]) -> list[tuple[str, str]]:

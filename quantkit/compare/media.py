@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from quantkit.errors import CheckpointError, RecipeError
+from quantkit.errors import CheckpointError
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:
@@ -52,18 +51,3 @@ def read_video(folder: Path, frames: Iterable[int]) -> np.ndarray:
 def frame_name(index: int) -> str:
     """Return the name of a frame's file."""
     return f"frame{index:04d}.png"
-
-
-def read_input_picture(path: Path) -> Any:
-    """Read a picture that goes with a prompt, as a PIL image.
-
-    Raises:
-        RecipeError: If the file is missing or no picture.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read as an image: {error}") from error

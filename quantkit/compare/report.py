@@ -77,10 +77,25 @@ def render(result: Comparison, folder: Path, *, budget_bytes: int = BUDGET_BYTES
         sorted_by=METRICS[sort_metric].label,
         all_items=item_rows(groups, kind),
         item_columns=list(kind.captions.values()),
-        full_scale=FULL_SCALE,
+        full_scale=FULL_SCALE[result.difference_map],
         sampling=result.sampling.given(),
+        setup=_setup(result),
         command=shlex.join(result.command),
     )
+
+
+def _setup(result: Comparison) -> str:
+    """Return how much was made of each prompt, in words."""
+    sampling = result.sampling
+    parts = []
+    if result.timesteps:
+        parts.append(f"{len(result.timesteps)} steps")
+    if sampling.width and sampling.height:
+        frames = f"{sampling.num_frames} frames of " if sampling.num_frames else ""
+        parts.append(f"{frames}{sampling.width} \N{MULTIPLICATION SIGN} {sampling.height} pixels")
+    if sampling.max_new_tokens:
+        parts.append(f"greedy, at most {sampling.max_new_tokens} tokens")
+    return ", ".join(parts)
 
 
 def _curves(result: Comparison, names: Sequence[str]) -> list[dict[str, str]]:

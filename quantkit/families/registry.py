@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.checkpoint import Pipeline, open_pipeline
 from quantkit.errors import UnsupportedModelError
 from quantkit.families.base import DiffusionFamily
 
-# name -> where it is defined, and the pipeline classes by which it is recognised
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a family is defined and how it is recognised, without importing it."""
+
+    where: str
+    pipeline_class: str
+    setting: str | None = None
+    """A key of ``model_index.json`` that must be set, where several families share a class."""
+
+    def fits(self, pipeline: Pipeline) -> bool:
+        return pipeline.class_name == self.pipeline_class and (
+            self.setting is None or bool(pipeline.config.get(self.setting))
+        )
+
+
 _FAMILIES = {
-    "flux": ("quantkit.families.flux:FLUX", ("FluxPipeline",)),
+    "flux": _Entry("quantkit.families.flux:FLUX", "FluxPipeline"),
+    "glm-image": _Entry("quantkit.families.glm_image:GLM_IMAGE", "GlmImagePipeline"),
+    "ovis-image": _Entry("quantkit.families.ovis_image:OVIS_IMAGE", "OvisImagePipeline"),
+    "wan2.2-i2v": _Entry("quantkit.families.wan:I2V", "WanImageToVideoPipeline", "boundary_ratio"),
+    "wan2.2-t2v": _Entry("quantkit.families.wan:T2V", "WanPipeline", "boundary_ratio"),
+    "wan2.2-ti2v": _Entry("quantkit.families.wan:TI2V", "WanPipeline", "expand_timesteps"),
 }
 
 
@@ -31,22 +52,30 @@ def get_family(name: str) -> DiffusionFamily:
         close = difflib.get_close_matches(name, _FAMILIES, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(family_names())}"
         raise UnsupportedModelError(f"model.family: {name} is unknown ({hint})")
-    module, _, attribute = _FAMILIES[name][0].partition(":")
+    module, _, attribute = _FAMILIES[name].where.partition(":")
     family: DiffusionFamily = getattr(importlib.import_module(module), attribute)
     return family
 
 
 def detect(model: Path | Pipeline) -> DiffusionFamily:
-    """Return the family of a local model folder, by its pipeline class.
+    """Return the family of a local model folder, by its pipeline class and settings.
 
     Raises:
         CheckpointError: If the folder is no model.
         UnsupportedModelError: If no family knows its class.
     """
     pipeline = open_pipeline(model) if isinstance(model, Path) else model
-    for name, (_, classes) in _FAMILIES.items():
-        if pipeline.class_name in classes:
+    for name, entry in _FAMILIES.items():
+        if entry.fits(pipeline):
             return get_family(name)
+    settings = sorted(
+        {
+            entry.setting
+            for entry in _FAMILIES.values()
+            if entry.pipeline_class == pipeline.class_name and entry.setting
+        }
+    )
+    without = f" without {' or '.join(settings)} in model_index.json" if settings else ""
     raise UnsupportedModelError(
-        f"{pipeline.folder}: no family knows {pipeline.class_name} (known: {', '.join(family_names())})"
+        f"{pipeline.folder}: no family knows {pipeline.class_name}{without} (known: {', '.join(family_names())})"
     )

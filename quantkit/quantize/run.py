@@ -23,7 +23,7 @@ from quantkit.quantize.tuning import BlockLoss, Job, Layer, tune
 from quantkit.quantize.verify import LayerError, verify
 from quantkit.recipe.load import MANIFEST, LoadedRecipe
 from quantkit.recipe.locate import find_prompts
-from quantkit.recipe.prompts import read_prompts
+from quantkit.recipe.prompts import Prompt, read_prompts
 from quantkit.recipe.schema import parse_size
 from quantkit.staging import stage
 
@@ -42,7 +42,7 @@ class Prepared:
     loaded: LoadedRecipe
     family: DiffusionFamily
     plan: Plan
-    prompts: list[str]
+    prompts: list[Prompt]
     """Calibration prompts; empty for round-to-nearest."""
 
 
@@ -85,11 +85,17 @@ def prepare(loaded: LoadedRecipe, source: Path) -> Prepared:
         )
     for section in (recipe.calibration, recipe.compare, recipe.serve):
         family.sampling_for(recipe.sampling, section)
-    prompts = _calibration_prompts(loaded) if recipe.scheme.tuned else []
-    return Prepared(loaded, family, make_plan(pipeline, family, recipe), prompts)
+    plan = make_plan(pipeline, family, recipe)
+    prompts: list[Prompt] = []
+    if recipe.scheme.tuned:
+        family.check_calibration(pipeline, family.sampling_for(recipe.sampling, recipe.calibration))
+        prompts = _calibration_prompts(loaded)
+        for prompt in prompts:
+            family.prompt_kwargs(prompt)  # a missing or damaged picture shows here, not after an hour
+    return Prepared(loaded, family, plan, prompts)
 
 
-def _calibration_prompts(loaded: LoadedRecipe) -> list[str]:
+def _calibration_prompts(loaded: LoadedRecipe) -> list[Prompt]:
     calibration = loaded.recipe.calibration
     wanted = loaded.recipe.scheme.nsamples
     if calibration.prompts is None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from quantkit.errors import QuantizationError
 from quantkit.quantize.progress import OnProgress, Progress
+from quantkit.recipe.prompts import Prompt
 
 _LOG_TAIL_LINES = 30
 
@@ -41,7 +42,7 @@ class Job:
         family: Its family's name.
         layers: For each component, every Linear inside its blocks.
         default: The scheme of layers that are nothing special.
-        prompts: One calibration image each; empty if ``dataset`` is given.
+        prompts: One calibration image or video each; empty if ``dataset`` is given.
         dataset: Name of a data set that auto-round downloads.
         nsamples: Calibration images.
         call_kwargs: Of the pipeline, without prompt and generator.
@@ -59,7 +60,7 @@ class Job:
     family: str
     layers: Mapping[str, Mapping[str, Layer]]
     default: Layer
-    prompts: list[str]
+    prompts: list[Prompt]
     dataset: str | None
     nsamples: int
     call_kwargs: Mapping[str, Any]
@@ -77,6 +78,7 @@ class Job:
         """Read a job that `tune` wrote."""
         data = json.loads(path.read_text(encoding="utf-8"))
         data["default"] = Layer(**data["default"])
+        data["prompts"] = [Prompt(**prompt) for prompt in data["prompts"]]
         data["layers"] = {
             component: {name: Layer(**layer) for name, layer in layers.items()}
             for component, layers in data["layers"].items()
@@ -88,6 +90,7 @@ class Job:
 class BlockLoss:
     """Mean squared error of one block's output before and after tuning."""
 
+    component: str
     block: str
     before: float
     after: float
@@ -129,7 +132,7 @@ def tune(job: Job, work: Path, on_progress: OnProgress) -> list[BlockLoss]:
                 if event["kind"] == "progress":
                     on_progress(Progress(event["stage"], event["done"], event["total"], event["detail"]))
                 elif event["kind"] == "loss":
-                    losses.append(BlockLoss(event["block"], event["before"], event["after"]))
+                    losses.append(BlockLoss(event["component"], event["block"], event["before"], event["after"]))
                 else:
                     failure = event["reason"]
             code = child.wait()

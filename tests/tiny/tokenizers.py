@@ -36,14 +36,16 @@ def t5_tokenizer():
 
 def chat_tokenizer(specials: list[str], **kwargs):
     """Return a tokenizer of whole words with special tokens and, if given, a chat template."""
-    return _word_tokenizer(["<pad>", "<|endoftext|>", "<unk>", *specials], eos_token="<|endoftext|>", **kwargs)
+    return _word_tokenizer(
+        ["<pad>", "<|endoftext|>", "<unk>", *specials, *string.digits], eos_token="<|endoftext|>", **kwargs
+    )
 
 
 def _word_tokenizer(specials: list[str], *, eos_token: str, post_processor=None, **kwargs):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {word: index for index, word in enumerate([*specials, *WORDS, *string.digits])}
+    vocab = {word: index for index, word in enumerate([*specials, *WORDS])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     if post_processor is not None:
@@ -53,7 +55,7 @@ def _word_tokenizer(specials: list[str], *, eos_token: str, post_processor=None,
         pad_token="<pad>",
         eos_token=eos_token,
         unk_token="<unk>",
-        additional_special_tokens=specials[3:],
+        additional_special_tokens=[token for token in specials[3:] if len(token) > 1],
         model_max_length=512,
         **kwargs,
     )

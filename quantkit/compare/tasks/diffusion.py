@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.compare.media import read_input_picture
 from quantkit.compare.pictures import cosine_distance, picture_functions, relative_l2, too_small
 from quantkit.compare.result import Output
 from quantkit.compare.shots import StepCallback
@@ -56,9 +55,7 @@ class DiffusionTask(Task[Trajectory]):
     def record(self, model: Any, index: int, on_step: StepCallback) -> Trajectory:
         """Generate, with the latents of every step."""
         shot = self.context.shots[index]
-        inputs = {"prompt": shot.prompt.text, **self.context.call_kwargs}
-        if shot.prompt.image is not None:
-            inputs["image"] = read_input_picture(Path(shot.prompt.image))
+        inputs = self.context.family.prompt_kwargs(shot.prompt) | self.context.call_kwargs
         return record(model, inputs, shot.seed, synchronize=self.context.synchronize, on_step=on_step)
 
     def failure(self, recording: Trajectory) -> str | None:

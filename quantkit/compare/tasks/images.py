@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from quantkit.compare.difference import difference_map, paint
+from quantkit.compare.difference import difference_map, map_name, paint
 from quantkit.compare.media import read_picture, write_picture
 from quantkit.compare.result import IMAGES_FOLDER, ImageOutput
 from quantkit.compare.tasks.base import Context
@@ -34,7 +34,7 @@ class Images(DiffusionTask):
             metrics["flip"] = float(error.mean(dtype=np.float64))
         if save:
             self._write(index, "candidate", candidate)
-            self._write(index, "difference", paint(error))
+            self._write(index, "difference", paint(error, map_name()))
         return {}, metrics
 
     def output(self, index: int, *, scored: bool) -> ImageOutput:

@@ -148,13 +148,13 @@ def test_the_difference_picture_is_dark_where_nothing_differs_and_light_where_mu
     image = np.zeros((32, 32, 3), np.uint8)
     other = image.copy()
     other[8:24, 8:24] = 255
-    painted = paint(difference_map(image, other)).astype(int).sum(axis=2)
+    painted = paint(difference_map(image, other), "FLIP").astype(int).sum(axis=2)
     assert painted[0, 0] < 20
     assert painted[16, 16] > 600
 
 
 def test_colours_get_lighter_all_the_way_up():
-    luminance = paint(np.linspace(0, FULL_SCALE, 64)[None])[0] @ np.array([0.2126, 0.7152, 0.0722])
+    luminance = paint(np.linspace(0, FULL_SCALE["FLIP"], 64)[None], "FLIP")[0] @ np.array([0.2126, 0.7152, 0.0722])
     assert np.all(np.diff(luminance) > 0)
 
 
