@@ -128,25 +128,20 @@ def curve_chart(curve: Curve, spread: Spread, lines: Sequence[Mark], floor: Sequ
 
 
 def row_chart(title: str, values: Sequence[float]) -> str:
-    """Draw one row of numbers from left to right, its smallest and largest value named; as wide as a film strip."""
-    frame = _Frame(width=560, height=84, left=2, right=2, top=20, bottom=20)
+    """Draw one row of numbers from left to right, the smallest marked, without text: it stretches to any width."""
+    frame = _Frame(width=1000, height=50, left=0, right=0, top=4, bottom=4)
     low, high = _padded_range(values, (None, None), pad=0.05)
     count = len(values)
     spots = [
-        (frame.x((index + 0.5) / count), frame.y((value - low) / (high - low)))
+        f"{frame.x((index + 0.5) / count):.1f},{frame.y((value - low) / (high - low)):.1f}"
         for index, value in enumerate(values)
     ]
-    worst = min(range(count), key=values.__getitem__)
-    parts = [frame.open("chart row", title)]
-    parts.append(f'<path class="grid" d="M{frame.x(0):.1f},{frame.y(0):.1f}H{frame.x(1):.1f}"/>')
-    parts.append(f'<path class="median" d="M{"L".join(f"{x:.1f},{y:.1f}" for x, y in spots)}"/>')
-    parts.append(f'<circle class="endpoint" cx="{spots[worst][0]:.1f}" cy="{spots[worst][1]:.1f}" r="4"/>')
-    anchor = "end" if spots[worst][0] > frame.x(0.5) else "start"
-    parts.append(
-        f'<text class="tick {anchor}" x="{spots[worst][0]:.1f}" y="{frame.height - 4}">'
-        f"{escape(title)}, least {short(values[worst])} at frame {worst + 1}</text>"
+    worst = frame.x((min(range(count), key=values.__getitem__) + 0.5) / count)
+    return (
+        f'<svg class="row" viewBox="0 0 {frame.width} {frame.height}" preserveAspectRatio="none" role="img">'
+        f'<title>{escape(title)}</title><path class="bound" d="M{worst:.1f},0V{frame.height}"/>'
+        f'<path class="median" d="M{"L".join(spots)}"/></svg>'
     )
-    return "".join(parts) + "</svg>"
 
 
 def swarm_chart(

@@ -98,8 +98,14 @@ def _video(output: VideoOutput, folder: Path, psnr: Sequence[float]) -> dict[str
         "strip": sampled(len(played), STRIP_FRAMES),
         "ratio": f"{width} / {height}",
         "seconds": max(output.frames / _FRAMES_PER_SECOND, _MIN_SECONDS),
-        "chart": row_chart("PSNR per frame", psnr) if len(psnr) > 1 else "",
+        "psnr": _psnr_row(psnr) if psnr else None,
     }
+
+
+def _psnr_row(psnr: Sequence[float]) -> dict[str, str]:
+    worst = min(range(len(psnr)), key=psnr.__getitem__)
+    caption = f"PSNR of every frame, {short(psnr[worst])} dB at frame {worst + 1} to {short(max(psnr))} dB"
+    return {"caption": caption, "chart": row_chart(caption, psnr)}
 
 
 def _sheet(role: str, frames: np.ndarray) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny import build_flux
+from tiny.perturb import perturb
 
 from quantkit.compare.request import Request
 from quantkit.compare.run import compare
@@ -22,20 +21,6 @@ SAMPLING = Sampling(
     negative_prompt="black",
     max_sequence_length=16,
 )
-
-
-def perturb(source, target, strength):
-    """Copy a pipeline with noise on the transformer's weights, relative to their spread."""
-    shutil.copytree(source, target)
-    file = target / "transformer" / "diffusion_pytorch_model.safetensors"
-    generator = torch.Generator().manual_seed(1)
-    tensors = load_file(file)
-    for name, tensor in tensors.items():
-        if tensor.ndim == 2:
-            noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
-            tensors[name] = (tensor.float() + strength * noise).to(tensor.dtype)
-    save_file(tensors, file)
-    return target
 
 
 @pytest.fixture(scope="module")
