@@ -1,6 +1,7 @@
 """Comparing tiny Wan pipelines: two experts, a picture to start from, a timestep per token."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import torch
 from PIL import Image
 from tiny.perturb import perturb
 
+from quantkit.compare.report import render
 from quantkit.compare.request import Request
 from quantkit.compare.result import read_result
 from quantkit.compare.run import compare
 from quantkit.compare.trajectory import record
+from quantkit.errors import CheckpointError, RecipeError
 from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling
 from quantkit_runtime import load_pipeline
@@ -114,6 +117,19 @@ def test_the_report_holds_players_in_itself_and_names_what_it_needs(results, fol
     assert read_result(folder / "result-noisy") == results["noisy"]
 
 
+def test_videos_beyond_the_budget_are_left_out_best_first_and_counted(results, folder):
+    text = render(results["noisy"], folder / "result-noisy", budget_bytes=0)
+    assert text.count("data:image/webp;base64,") == 3
+    assert "1 prompt that came out better is left out" in text
+
+
+def test_a_missing_frame_is_one_clear_error(results, folder, tmp_path):
+    shutil.copytree(folder / "result-late", tmp_path / "late")
+    (tmp_path / "late" / results["late"].items[0].output.candidate / "frame0003.png").unlink()
+    with pytest.raises(CheckpointError, match=r"frame0003\.png: cannot be read as an image"):
+        render(results["late"], tmp_path / "late")
+
+
 def test_a_video_from_a_picture_is_compared_from_the_latents_alone(tiny_model, folder, picture):
     source = tiny_model("wan_i2v")
     result = compare(
@@ -174,8 +190,6 @@ def test_the_command_line_compares_a_video_model_without_options_of_its_family(
 
 
 def test_a_prompt_without_the_picture_it_needs_is_refused_before_anything_is_loaded(tiny_model, folder):
-    from quantkit.errors import RecipeError
-
     source = tiny_model("wan_i2v")
     with pytest.raises(RecipeError, match="prompts: 0: has no image, which i2v starts from"):
         compare(Request(source, source, PROMPTS, (0,), task="i2v", sampling=(SMALL,)), folder / "none")

@@ -1,3 +1,6 @@
+import base64
+import dataclasses
+import io
 import re
 from html.parser import HTMLParser
 
@@ -7,7 +10,8 @@ from PIL import Image
 
 from quantkit.compare.charts import Mark, curve_chart, interval_chart, swarm_chart
 from quantkit.compare.difference import FULL_SCALE, difference_map, paint
-from quantkit.compare.embed import embed
+from quantkit.compare.embed import embed, embed_frames
+from quantkit.compare.gallery import PLAYED_FRAMES
 from quantkit.compare.metrics import CURVES
 from quantkit.compare.numbers import milliseconds, seconds, short, size, times
 from quantkit.compare.report import render
@@ -144,6 +148,25 @@ def test_small_images_are_embedded_as_they_are_and_large_ones_as_thumbnails(tmp_
     assert len(large.uri) < 300_000  # noise is the worst that an image can be
 
 
+def decoded(uri):
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+def test_small_frames_lose_nothing_in_their_sheet_and_large_ones_are_scaled_to_a_bound():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+    small = embed_frames(frames)
+    assert small.pixelated
+    assert np.array_equal(np.asarray(decoded(small.uri)), frames.reshape(120, 60, 3))
+    large = embed_frames(np.repeat(frames, 16, axis=1).repeat(16, axis=2))
+    assert not large.pixelated
+    assert decoded(large.uri).size == (320, 3 * 213)
+
+
+def test_the_longest_sheet_stays_within_what_webp_can_hold():
+    tall = embed_frames(np.zeros((PLAYED_FRAMES, 640, 16, 3), np.uint8))
+    assert decoded(tall.uri).size == (8, PLAYED_FRAMES * 320)
+
+
 def test_the_difference_picture_is_dark_where_nothing_differs_and_light_where_much_does():
     image = np.zeros((32, 32, 3), np.uint8)
     other = image.copy()
@@ -166,6 +189,22 @@ def test_a_curve_stays_within_its_frame(values):
     assert points
     assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
     assert 2 <= chart.count('class="tick end"') <= 8
+
+
+def test_a_linear_curve_has_equal_ticks_and_starts_at_its_first_number():
+    curve = dataclasses.replace(CURVES["frame_psnr"], first=2)
+    chart = curve_chart(curve, spread([[30.0, 20.0, 40.0]]), [Mark([30.0, 20.0, 40.0], "l")])
+    ticks = [float(text) for text in re.findall(r'class="tick end"[^>]*>([\d.-]+)<', chart)]
+    assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
+    assert re.findall(r'class="tick middle"[^>]*>(\d+)<', chart) == ["2", "3", "4"]
+    assert "frame 3: median 20, 10 to 90 %: 20 to 20, worst 20, of 1" in chart
+
+
+def test_answers_of_different_lengths_are_described_where_they_reach():
+    found = spread([[1.0, 2.0, 3.0], [3.0]])
+    assert found.median == (2, 2, 3)
+    assert found.count == (2, 1, 1)
+    assert spread([]) is None
 
 
 def test_a_larger_value_is_drawn_higher():
