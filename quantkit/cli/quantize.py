@@ -122,7 +122,7 @@ def _print_plan(plan: Plan) -> None:
 def _print_result(result: Quantized, target: Path) -> None:
     from statistics import median
 
-    errors = {layer.name: layer.relative_l2 for layer in result.errors}
+    errors = {f"{layer.component}.{layer.name}": layer.relative_l2 for layer in result.errors}
     worst = max(errors, key=errors.__getitem__)
     output.print(
         f"{len(errors)} layers packed and verified in {result.seconds:.0f} s; relative weight error "

@@ -25,7 +25,8 @@ GLM_IMAGE = DiffusionFamily(
     ),
     optional=("vision_language_encoder",),
     kept={
-        "glyph_projector": "its input features (1472 as published) divide by no group size above 64",
+        "glyph_projector.net.0": "its input features (1472 as published) divide by no group size above 64",
+        "glyph_projector": "projects the text to be drawn once for all blocks",
         "prior_projector": "projects the coarse image tokens once for all blocks",
         "time_condition_embed": "embeds time and size once for all blocks",
         "model.visual": "the vision tower",

@@ -101,30 +101,26 @@ def _run(job: Job, emit: Callable[..., None], follower: _Follower) -> None:
     logging.getLogger("autoround").addHandler(follower)
     calibration.tqdm = _bar("calibrate", emit, follower)
     orchestrator.tqdm = _bar("tune", emit, follower)
-    emit("progress", stage="load", done=0, total=1, detail=job.source)
     family = get_family(job.family)
+    prompts = job.prompts or _download_prompts(job, family)
+    emit("progress", stage="load", done=0, total=1, detail=job.source)
     pipe = family.load(Path(job.source), torch.bfloat16)
     emit("progress", stage="load", done=1, total=1, detail=job.source)
     pipe.set_progress_bar_config(disable=True)
     for class_name, outputs in family.block_outputs.items():
         register_diffusion_output(class_name, list(outputs))
-    prompts = job.prompts or _download_prompts(job, family)
     # auto-round collects garbage dozens of times; what is loaded by now need not be walked each time.
     gc.freeze()
     for component, layers in job.layers.items():
         follower.component = component
         model = getattr(pipe, component)
-        blocks = [
-            [f"{path}.{index}" for index in range(len(model.get_submodule(path)))]
-            for path in family.blocks[component]
-        ]
         tuner = AutoRound(
             _expose(pipe, component, family, prompts, job),
             scheme={**asdict(job.default), "data_type": "int"},
             alg_configs=SignRoundConfig(
                 iters=job.iters, lr=job.lr, minmax_lr=job.minmax_lr, gradient_accumulate_steps=job.batch_size
             ),
-            to_quant_block_names=blocks,
+            to_quant_block_names=_list_blocks(model, family.blocks[component]),
             layer_config={
                 name: {"bits": 16} if layer.bits == 16 else asdict(layer)
                 for name, layer in layers.items()
@@ -145,6 +141,19 @@ def _run(job: Job, emit: Callable[..., None], follower: _Follower) -> None:
         save_file(dict(_pack(model, layers)), Path(job.result) / f"{component}.safetensors")
 
 
+def _list_blocks(model: torch.nn.Module, paths: Sequence[str]) -> list[list[str]]:
+    """Return the names of the blocks in each module list; auto-round's own search takes other lists for blocks."""
+    from auto_round.algorithms.block_runner import BlockForwardRunner
+
+    lists: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
+    for block in {type(block): block for blocks in lists.values() for block in blocks}.values():
+        if type(block).__name__ not in BlockForwardRunner.DIFFUSION_OUTPUT_CONFIGS:
+            raise _Gone(
+                f"it does not know what {type(block).__name__} returns; the family must say it in block_outputs"
+            )
+    return [[f"{path}.{index}" for index in range(len(blocks))] for path, blocks in lists.items()]
+
+
 def _expose(pipe: Any, component: str, family: DiffusionFamily, prompts: Sequence[Prompt], job: Job) -> Any:
     """Return a pipeline that has but one transformer, and that draws with the whole one when it is called.
 
@@ -161,13 +170,18 @@ def _expose(pipe: Any, component: str, family: DiffusionFamily, prompts: Sequenc
             self.register_modules(transformer=transformer)
 
         def __call__(self, indices: list[int], **_given: Any) -> None:
-            for name, part in pipe.components.items():
-                if name != component and isinstance(part, torch.nn.Module):
-                    part.to(self.device)
+            move_others(self.device)
             for index in indices:
                 generator = torch.Generator("cpu").manual_seed(job.noise_seed + index)
                 kwargs = family.prompt_kwargs(prompts[index])
                 pipe(**kwargs, generator=generator, output_type="latent", **job.call_kwargs)
+            if indices[-1] == job.nsamples - 1:
+                move_others("cpu")  # tuning needs the room
+
+    def move_others(device: Any) -> None:
+        for name, part in pipe.components.items():
+            if name != component and isinstance(part, torch.nn.Module):
+                part.to(device)
 
     return Exposed(getattr(pipe, component))
 

@@ -29,7 +29,7 @@ _WEIGHT_SUFFIXES = (
     ".ckpt",
 )
 _REPLACED = {"README.md", "quantkit.json"}
-_STEM = "diffusion_pytorch_model"
+_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
 def is_weight_file(path: Path) -> bool:
@@ -93,13 +93,14 @@ def write_component(
         on_progress: Told after each layer.
     """
     target.mkdir(parents=True, exist_ok=True)
+    stem = _STEMS[part.component.library]
     shards = _assign_shards(part, max_shard_bytes)
     weight_map: dict[str, str] = {}
     done = 0
     for number, entries in enumerate(shards, start=1):
-        name = f"{_STEM}.safetensors"
+        name = f"{stem}.safetensors"
         if len(shards) > 1:
-            name = f"{_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+            name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for entry in entries:
             if isinstance(entry, PlannedLayer):
@@ -113,7 +114,7 @@ def write_component(
     if len(shards) > 1:
         total = part.nbytes_after
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(target / f"{_STEM}.safetensors.index.json", index)
+        write_json(target / f"{stem}.safetensors.index.json", index)
     write_json(target / "config.json", {**part.component.config, "quantization_config": config})
 
 
