@@ -186,7 +186,7 @@ class Comparison(Part):
         recipe_sha256: Of the recipe's bytes.
         family: Name of the model family.
         task: What the models were asked to do.
-        sampling: How both were sampled, the family's defaults filled in.
+        sampling: How both were sampled, the family's defaults filled in; sizes are those of what came out.
         scheduler: Class of the scheduler; None if the task has none.
         timesteps: The scheduler's timestep of every step; empty if the task has none.
         prompts: What both models were asked; pictures are files relative to the result's folder.

@@ -115,7 +115,7 @@ def compare(
             recipe_sha256=request.recipe_sha256,
             family=family.name,
             task=request.task,
-            sampling=sampling,
+            sampling=task.made.over(sampling),
             scheduler=_scheduler(reference),
             timesteps=task.timesteps,
             prompts=_keep_prompts(shots, folder),

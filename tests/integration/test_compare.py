@@ -85,6 +85,18 @@ def test_what_both_models_take_is_measured(results):
     assert side.peak_memory_bytes is not None
 
 
+@pytest.mark.parametrize("name", ["glm_image", "ovis_image"])
+def test_other_families_of_images_are_compared_without_anything_of_their_own(tiny_model, tmp_path, name):
+    source = tiny_model(name)
+    asked = Sampling(height=64, width=64, num_inference_steps=2)
+    candidate = perturb(source, tmp_path / "candidate", 0.2)
+    request = Request(source, candidate, PROMPTS[:1], (0,), sampling=(asked,), device="cpu")
+    result = compare(request, tmp_path / "result")
+    assert max(result.noise_floor.curves["latent_rel_l2"]) == 0
+    assert all(value > 0 for value in result.items[0].curves["latent_rel_l2"])
+    assert len(result.timesteps) == 2
+
+
 @pytest.fixture
 def quantkit(monkeypatch, capfd):
     """Run the command line in this process; return exit code, standard output and standard error."""
@@ -189,6 +201,9 @@ def test_an_undecided_comparison_exits_with_3(quantkit, reference, slight, tmp_p
         (["--seeds", "1,x"], "--seeds: '1,x' is no list"),
         (["--task", "t2x"], "--task: 't2x' is unknown"),
         (["--prompts", "missing.txt"], "give one of the two"),
+        (["--image", "missing.png"], "prompts: 0: has an image, which t2i takes none of"),
+        (["--task", "chat"], "task chat: the family flux does t2i"),
+        (["--max-new-tokens", "9"], "flux takes no max_new_tokens"),
         (["--device", "toaster"], "device: 'toaster'"),
         (["--backend", "nonsense"], "backend: 'nonsense' is unknown"),
         (["--candidate", "nowhere"], "nowhere: no such folder"),

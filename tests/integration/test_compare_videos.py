@@ -130,6 +130,24 @@ def test_a_missing_frame_is_one_clear_error(results, folder, tmp_path):
         render(results["late"], tmp_path / "late")
 
 
+def test_the_result_names_the_sizes_that_came_out_where_the_pipeline_rounds_them(tiny_model, folder):
+    source = tiny_model("wan_ti2v")
+    asked = Sampling(height=32, width=48, num_frames=5, num_inference_steps=2, max_sequence_length=16)
+    request = Request(source, source, PROMPTS[:1], (0,), task="t2v", sampling=(asked,), device="cpu")
+    sampling = compare(request, folder / "result-rounded").sampling
+    assert (sampling.height, sampling.width, sampling.num_frames) == (32, 32, 5)
+
+
+def test_a_size_that_the_pipeline_refuses_is_one_clear_error(tiny_model, folder):
+    source = tiny_model("wan_t2v")
+    sampling = (SMALL, Sampling(height=33))
+    with pytest.raises(
+        RecipeError, match=r"sampling: WanPipeline refuses it: .* divisible by 16 but are 33 and 48"
+    ):
+        compare(Request(source, source, PROMPTS, task="t2v", seeds=(0,), sampling=sampling), folder / "refused")
+    assert not (folder / "refused").exists()
+
+
 def test_a_video_from_a_picture_is_compared_from_the_latents_alone(tiny_model, folder, picture):
     source = tiny_model("wan_i2v")
     result = compare(

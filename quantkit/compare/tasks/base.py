@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from quantkit.compare.result import Output
 from quantkit.compare.shots import Shot, StepCallback
 from quantkit.errors import CheckpointError, RecipeError
+from quantkit.recipe.schema import Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -91,12 +92,14 @@ class Task(ABC, Generic[R]):
     Attributes:
         unavailable: Metric -> why it cannot be computed here.
         timesteps: The scheduler's, empty where there is none.
+        made: Sizes of what the reference makes; pipelines round those that they are asked for.
     """
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.unavailable: dict[str, str] = {}
         self.timesteps: tuple[float, ...] = ()
+        self.made = Sampling()
 
     @abstractmethod
     def load(self, folder: Path) -> Any:

@@ -112,10 +112,10 @@ class Chat(Task[Answer]):
 
     def keep(self, index: int, recording: Answer) -> None:
         """Keep tokens in memory and logits in a file."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         self._kept[index] = _Kept(recording.tokens, recording.pieces)
-        save_file({"logits": recording.logits.contiguous()}, self._logits_file(index))
+        self._logits_file(index).write_bytes(save({"logits": recording.logits.contiguous()}))
 
     def score(self, index: int, recording: Answer, *, save: bool) -> Score:
         """Compare the predictions along the reference's answer, then the two answers."""

@@ -14,7 +14,8 @@ from quantkit.compare.shots import StepCallback
 from quantkit.compare.summary import trajectory_metrics
 from quantkit.compare.tasks.base import Context, Score, Task, load_with
 from quantkit.compare.trajectory import LatentStore, Trajectory, record
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, RecipeError
+from quantkit.recipe.schema import Sampling
 
 
 class DiffusionTask(Task[Trajectory]):
@@ -53,10 +54,17 @@ class DiffusionTask(Task[Trajectory]):
         return pipeline
 
     def record(self, model: Any, index: int, on_step: StepCallback) -> Trajectory:
-        """Generate, with the latents of every step."""
+        """Generate, with the latents of every step.
+
+        Raises:
+            RecipeError: If the pipeline refuses what it is asked for, e.g. a size.
+        """
         shot = self.context.shots[index]
         inputs = self.context.family.prompt_kwargs(shot.prompt) | self.context.call_kwargs
-        return record(model, inputs, shot.seed, synchronize=self.context.synchronize, on_step=on_step)
+        try:
+            return record(model, inputs, shot.seed, synchronize=self.context.synchronize, on_step=on_step)
+        except ValueError as error:  # of the checks that begin every call in diffusers
+            raise RecipeError(f"sampling: {type(model).__name__} refuses it: {error}") from error
 
     def failure(self, recording: Trajectory) -> str | None:
         """Name the first step whose latents are not finite, or a decoder's output that is not."""
@@ -71,6 +79,9 @@ class DiffusionTask(Task[Trajectory]):
         """Keep latents in memory or a file, frames beside the result."""
         if index == 0:
             self.timesteps = recording.timesteps
+            frames, height, width = recording.frames.shape[:3]
+            asked = self.context.call_kwargs
+            self.made = Sampling(height=height, width=width, num_frames=frames if "num_frames" in asked else None)
             for name, reason in too_small(min(recording.frames.shape[1:3])).items():
                 self.functions.pop(name, None)
                 self.unavailable[name] = reason
