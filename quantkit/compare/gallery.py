@@ -22,7 +22,7 @@ BUDGET_BYTES = 16 * 2**20
 """Base64 text of pictures in one report; those beyond it stay files beside the report."""
 
 PLAYED_FRAMES = 48
-"""Frames of a video in its player at most, evenly spaced."""
+"""Frames of a video in its player at most, evenly spaced; stacked they must stay below WebP's 16383 pixels."""
 
 STRIP_FRAMES = 6
 
