@@ -14,11 +14,12 @@ from quantkit.cli.models import resolve_model
 from quantkit.cli.progress import Bar
 from quantkit.errors import MissingExtraError, RecipeError
 from quantkit.recipe import LoadedRecipe, find_prompts, find_recipe, load_recipe, read_prompts, recipe_of
+from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling, Task
 
 if TYPE_CHECKING:
     from quantkit.compare.result import Comparison
-    from quantkit.compare.sampler import Progress
+    from quantkit.compare.shots import Progress
 
 EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 _COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
@@ -58,7 +59,8 @@ def command(
         typer.Option("--gate", help="Exit with 1 on FAIL and 3 on INCONCLUSIVE.", rich_help_panel=_MODELS),
     ] = False,
     task: Annotated[
-        str | None, typer.Option("--task", help="t2i; default: the recipe's.", rich_help_panel=_WHAT)
+        str | None,
+        typer.Option("--task", help="t2i, t2v, i2v or chat; default: the recipe's.", rich_help_panel=_WHAT),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="Text; repeatable.", rich_help_panel=_WHAT)
@@ -66,17 +68,28 @@ def command(
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="File of prompts, by path or by name.", rich_help_panel=_WHAT)
     ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option("--image", help="Picture that every --prompt starts from (i2v).", rich_help_panel=_WHAT),
+    ] = None,
     seeds: Annotated[
         str | None,
         typer.Option("--seeds", help="Seeds, e.g. 1,2,3; each with every prompt.", rich_help_panel=_WHAT),
     ] = None,
     height: Annotated[int | None, typer.Option("--height", help="Pixels.", rich_help_panel=_WHAT)] = None,
     width: Annotated[int | None, typer.Option("--width", help="Pixels.", rich_help_panel=_WHAT)] = None,
+    num_frames: Annotated[
+        int | None, typer.Option("--num-frames", help="Frames of a video.", rich_help_panel=_WHAT)
+    ] = None,
     num_inference_steps: Annotated[
         int | None, typer.Option("--num-inference-steps", help="Denoising steps.", rich_help_panel=_WHAT)
     ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option("--guidance-scale", help="Guidance scale.", rich_help_panel=_WHAT)
+    ] = None,
+    guidance_scale_2: Annotated[
+        float | None,
+        typer.Option("--guidance-scale-2", help="Guidance scale of the second expert.", rich_help_panel=_WHAT),
     ] = None,
     true_cfg_scale: Annotated[
         float | None,
@@ -87,6 +100,9 @@ def command(
     ] = None,
     max_sequence_length: Annotated[
         int | None, typer.Option("--max-sequence-length", help="Text tokens.", rich_help_panel=_WHAT)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", help="Tokens of an answer at most.", rich_help_panel=_WHAT)
     ] = None,
     device: Annotated[
         str, typer.Option("--device", help="auto, cpu, cuda, xpu ...", rich_help_panel=_HOW)
@@ -105,15 +121,15 @@ def command(
         bool,
         typer.Option(
             "--noise-floor/--no-noise-floor",
-            help="Run the reference's first image twice, to see what differs by itself.",
+            help="Run the reference's first prompt twice, to see what differs by itself.",
             rich_help_panel=_HOW,
         ),
     ] = True,
 ) -> None:
-    """Compare a candidate with a reference along the denoising path, same prompts and seeds, and judge it.
+    """Compare a candidate with a reference, same prompts and seeds, step by step or token by token, and judge it.
 
-    Writes report.html, result.json and the images. The verdict comes from the recipe's thresholds, else from
-    built-in ones; it decides the exit code only with --gate.
+    Writes report.html, result.json and the images or videos. The verdict comes from the recipe's thresholds, else
+    from built-in ones; it decides the exit code only with --gate.
     """
     candidate_folder = resolve_model(candidate)
     loaded = load_recipe(find_recipe(recipe)) if recipe is not None else recipe_of(candidate_folder)
@@ -122,13 +138,16 @@ def command(
     flags = _sampling(
         height=height,
         width=width,
+        num_frames=num_frames,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        guidance_scale_2=guidance_scale_2,
         true_cfg_scale=true_cfg_scale,
         negative_prompt=negative_prompt,
         max_sequence_length=max_sequence_length,
+        max_new_tokens=max_new_tokens,
     )
-    texts = _prompts(prompt, prompts, loaded)
+    asked = _prompts(prompt, image, prompts, loaded)
     numbers = _seeds(seeds, loaded)
     if reference is None:
         assert loaded is not None
@@ -137,23 +156,22 @@ def command(
     else:
         reference_folder = resolve_model(reference)
 
-    from quantkit.compare.run import DEFAULT_THRESHOLDS_SOURCE, Request, compare
+    from quantkit.compare.request import Request
+    from quantkit.compare.run import compare
 
     section = loaded.recipe.compare if loaded is not None else None
     given = section is not None and bool(section.thresholds)
     request = Request(
         reference=reference_folder,
         candidate=candidate_folder,
-        prompts=texts,
+        prompts=asked,
         seeds=numbers,
         reference_label=_label(reference),
         candidate_label=_label(candidate),
         task=_task(task, loaded),
         sampling=(flags,) if loaded is None else (loaded.recipe.sampling, loaded.recipe.compare, flags),
         thresholds=section.thresholds if section is not None and given else None,
-        thresholds_source=(
-            f"{loaded.path}: compare.thresholds" if loaded is not None and given else DEFAULT_THRESHOLDS_SOURCE
-        ),
+        thresholds_source=f"{loaded.path}: compare.thresholds" if loaded is not None and given else "",
         device=device,
         dtype=dtype,
         backend=backend,
@@ -201,16 +219,19 @@ def _label(model: str) -> str:
     return Path(model).absolute().name if Path(model).is_dir() else model
 
 
-def _prompts(texts: list[str] | None, file: str | None, loaded: LoadedRecipe | None) -> tuple[str, ...]:
+def _prompts(
+    texts: list[str] | None, image: Path | None, file: str | None, loaded: LoadedRecipe | None
+) -> tuple[Prompt, ...]:
     if texts and file is not None:
         raise RecipeError("--prompt, --prompts: give one of the two")
+    if image is not None and not texts:
+        raise RecipeError("--image: goes with --prompt; a file of prompts names an image for each")
     if texts:
-        return tuple(texts)
+        return tuple(Prompt(text=text, image=str(image) if image is not None else None) for text in texts)
     if file is not None:
-        return tuple(prompt.text for prompt in read_prompts(find_prompts(file, None)))
+        return tuple(read_prompts(find_prompts(file, None)))
     if loaded is not None and loaded.recipe.compare.prompts is not None:
-        found = find_prompts(loaded.recipe.compare.prompts, loaded.path)
-        return tuple(prompt.text for prompt in read_prompts(found))
+        return tuple(read_prompts(find_prompts(loaded.recipe.compare.prompts, loaded.path)))
     raise RecipeError("prompts: give --prompt, --prompts or a recipe with compare.prompts")
 
 
@@ -238,11 +259,12 @@ def _task(text: str | None, loaded: LoadedRecipe | None) -> Task:
 
 def _show(bar: Bar, now: Progress) -> None:
     steps = max(now.steps, 1)
-    what = "loading" if now.shot is None else f"prompt {now.shot.prompt}, seed {now.shot.seed}"
+    what = "loading" if now.shot is None else f"prompt {now.shot.index}, seed {now.shot.seed}"
     bar("comparing", round(now.done * steps), now.total * steps, f"{now.role}: {what}")
 
 
 def _print_result(result: Comparison, folder: Path) -> None:
+    from quantkit.compare.kinds import KINDS
     from quantkit.compare.metrics import METRICS
     from quantkit.compare.numbers import milliseconds, short, size, times
     from quantkit.gate.thresholds import describe
@@ -266,7 +288,8 @@ def _print_result(result: Comparison, folder: Path) -> None:
     line = f"on disk {size(theirs)} instead of {size(ours)} ({times(theirs / ours)})"
     if reference.step_ms is not None and candidate.step_ms is not None:
         before, after = reference.step_ms.median, candidate.step_ms.median
-        line += f"; step {milliseconds(after)} instead of {milliseconds(before)} ({times(after / before)})"
+        step = KINDS[result.task].step
+        line += f"; {step} {milliseconds(after)} instead of {milliseconds(before)} ({times(after / before)})"
     output.print(line, highlight=False)
     colour = _COLOURS[verdict.outcome]
     output.print(f"[bold {colour}]{verdict.outcome}[/] ", end="")

@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from quantkit.compare.metrics import Curve
 from quantkit.compare.numbers import short
 from quantkit.compare.result import Spread
 from quantkit.recipe.schema import Threshold
 
-_MAX_LINES = 300  # thin lines of single images; more are neither seen nor worth their bytes
+_MAX_LINES = 300  # thin lines of single items; more are neither seen nor worth their bytes
 _MAX_DOTS = 400
+_MAX_HOVERS = 200
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Values to draw, and what a pointer over them reads: a line along the steps, or a single dot."""
+    """Values to draw, and what a pointer over them reads: a line along an axis, or a single dot."""
 
     values: Sequence[float]
     label: str
@@ -47,76 +49,107 @@ class _Frame:
         )
 
 
-def steps_chart(title: str, spread: Spread, lines: Sequence[Mark], floor: Sequence[float] = ()) -> str:
-    """Draw how a non-negative quantity grows along the denoising steps, on a logarithmic axis.
+def curve_chart(curve: Curve, spread: Spread, lines: Sequence[Mark], floor: Sequence[float] = ()) -> str:
+    """Draw a curve of every item along its axis with the distribution over the items.
 
     Args:
-        title: What the chart shows, for screen readers.
-        spread: Median and 10 to 90 % band over the images.
-        lines: The single images.
-        floor: What the same model run twice gives; drawn where it is above 0.
+        curve: What is drawn.
+        spread: Median and 10 to 90 % band over the items.
+        lines: The single items.
+        floor: What the same model run twice gives; drawn where it is above 0, on a logarithmic axis alone.
 
     Returns:
-        An ``<svg>`` element, or a sentence in ``<p>`` if every value is 0.
+        An ``<svg>`` element, or a sentence in ``<p>`` if every value on a logarithmic axis is 0.
     """
-    positive = [value for line in lines for value in line.values if value > 0]
-    if not positive:
-        return '<p class="note">Exactly 0 at every step of every image: the trajectories are the same.</p>'
     frame = _Frame(width=560, height=340, left=62, right=82, top=14, bottom=48)
-    low, high = _log_range(min(positive), max(positive))
-    steps = len(spread.median)
+    values = [value for line in lines for value in line.values]
+    if curve.logarithmic:
+        positive = [value for value in values if value > 0]
+        if not positive:
+            return f'<p class="note">Exactly 0 at every {curve.axis}.</p>'
+        low, high = _log_range(min(positive), max(positive))
+        ticks = _log_ticks(low, high)
+    else:
+        low, high = _padded_range(values, (None, None))
+        ticks = _linear_ticks(low, high)
+    count = len(spread.median)
 
-    def x(step: int) -> float:
-        return frame.x((step - 1) / (steps - 1) if steps > 1 else 0.5)
+    def x(index: int) -> float:
+        return frame.x(index / (count - 1) if count > 1 else 0.5)
 
     def y(value: float) -> float:
-        return frame.y(math.log(max(value, low) / low) / math.log(high / low))
+        if curve.logarithmic:
+            return frame.y(math.log(max(value, low) / low) / math.log(high / low))
+        return frame.y((value - low) / (high - low))
 
     def points(values: Sequence[float]) -> list[str]:
-        return [f"{x(step):.1f},{y(value):.1f}" for step, value in enumerate(values, start=1)]
+        return [f"{x(index):.1f},{y(value):.1f}" for index, value in enumerate(values)]
 
     def path(values: Sequence[float]) -> str:
         # One point alone would draw nothing; doubled, its round caps show.
         return "M" + "L".join(points(values) if len(values) > 1 else points(values) * 2)
 
-    parts = [frame.open("chart", title)]
-    for tick in _log_ticks(low, high):
+    parts = [frame.open("chart", curve.label)]
+    for tick in ticks:
         parts.append(f'<path class="grid" d="M{frame.left},{y(tick):.1f}H{frame.width - frame.right}"/>')
         parts.append(f'<text class="tick end" x="{frame.left - 8}" y="{y(tick) + 4:.1f}">{tick:g}</text>')
     parts += [
-        f'<text class="tick middle" x="{x(step):.1f}" y="{frame.y(0) + 20:.1f}">{step}</text>'
-        for step in _step_ticks(steps)
+        f'<text class="tick middle" x="{x(number - curve.first):.1f}" y="{frame.y(0) + 20:.1f}">{number}</text>'
+        for number in _number_ticks(curve.first, curve.first + count - 1)
     ]
-    parts.append(f'<text class="axis middle" x="{frame.x(0.5):.1f}" y="{frame.height - 6}">denoising step</text>')
-    shown = lines[:: math.ceil(len(lines) / _MAX_LINES)]
+    parts.append(f'<text class="axis middle" x="{frame.x(0.5):.1f}" y="{frame.height - 6}">{curve.axis}</text>')
+    shown = [line for line in lines[:: math.ceil(len(lines) / _MAX_LINES)] if line.values]
     parts.append(f'<g class="single" style="opacity:{min(0.6, max(0.1, 6 / len(shown))):.2f}">')
     parts += [f'<path d="{path(line.values)}"><title>{escape(line.label)}</title></path>' for line in shown]
     parts.append("</g>")
     outline = "L".join(points(spread.p90) + points(spread.p10)[::-1])
     parts.append(f'<path class="band" d="M{outline}Z"/>')
-    if any(value > 0 for value in floor):
+    if curve.logarithmic and any(value > 0 for value in floor):
         parts.append(f'<path class="floor" d="{path(floor)}"/>')
     parts.append(f'<path class="median" d="{path(spread.median)}"/>')
     last = spread.median[-1]
-    parts.append(f'<circle class="endpoint" cx="{x(steps):.1f}" cy="{y(last):.1f}" r="4"/>')
-    parts.append(f'<text class="endlabel" x="{x(steps) + 9:.1f}" y="{y(last) + 5:.1f}">{short(last)}</text>')
-    column = (frame.x(1) - frame.x(0)) / max(steps - 1, 1)
-    for step in range(1, steps + 1):
+    parts.append(f'<circle class="endpoint" cx="{x(count - 1):.1f}" cy="{y(last):.1f}" r="4"/>')
+    parts.append(f'<text class="endlabel" x="{x(count - 1) + 9:.1f}" y="{y(last) + 5:.1f}">{short(last)}</text>')
+    stride = math.ceil(count / _MAX_HOVERS)
+    column = (frame.x(1) - frame.x(0)) * stride / max(count - 1, 1)
+    for index in range(0, count, stride):
+        worst = spread.maximum[index] if curve.logarithmic else spread.minimum[index]
         text = (
-            f"step {step}: median {short(spread.median[step - 1])}, "
-            f"10 to 90 %: {short(spread.p10[step - 1])} to {short(spread.p90[step - 1])}, "
-            f"worst {short(spread.maximum[step - 1])}"
+            f"{curve.axis} {curve.first + index}: median {short(spread.median[index])}, "
+            f"10 to 90 %: {short(spread.p10[index])} to {short(spread.p90[index])}, worst {short(worst)}, "
+            f"of {spread.count[index]}"
         )
         parts.append(
-            f'<g class="hover"><rect x="{x(step) - column / 2:.1f}" y="{frame.y(1):.1f}" width="{column:.1f}" '
-            f'height="{frame.y(0) - frame.y(1):.1f}"/><path d="M{x(step):.1f},{frame.y(1):.1f}V{frame.y(0):.1f}"/>'
+            f'<g class="hover"><rect x="{x(index) - column / 2:.1f}" y="{frame.y(1):.1f}" width="{column:.1f}" '
+            f'height="{frame.y(0) - frame.y(1):.1f}"/><path d="M{x(index):.1f},{frame.y(1):.1f}V{frame.y(0):.1f}"/>'
             f"<title>{escape(text)}</title></g>"
         )
     return "".join(parts) + "</svg>"
 
 
+def row_chart(title: str, values: Sequence[float]) -> str:
+    """Draw one row of numbers from left to right, the smallest marked, without text: it stretches to any width."""
+    frame = _Frame(width=1000, height=50, left=0, right=0, top=4, bottom=4)
+    low, high = _padded_range(values, (None, None), pad=0.05)
+    count = len(values)
+    spots = [
+        f"{frame.x((index + 0.5) / count):.1f},{frame.y((value - low) / (high - low)):.1f}"
+        for index, value in enumerate(values)
+    ]
+    worst = frame.x((min(range(count), key=values.__getitem__) + 0.5) / count)
+    return (
+        f'<svg class="row" viewBox="0 0 {frame.width} {frame.height}" preserveAspectRatio="none" role="img">'
+        f'<title>{escape(title)}</title><path class="bound" d="M{worst:.1f},0V{frame.height}"/>'
+        f'<path class="median" d="M{"L".join(spots)}"/></svg>'
+    )
+
+
 def swarm_chart(
-    title: str, dots: Sequence[Mark], mean: float, threshold: Threshold | None, limits: tuple[float, float | None]
+    title: str,
+    dots: Sequence[Mark],
+    mean: float,
+    threshold: Threshold | None,
+    limits: tuple[float | None, float | None],
 ) -> str:
     """Draw one dot per prompt along the axis of a metric, the side beyond the threshold shaded.
 
@@ -125,7 +158,7 @@ def swarm_chart(
         dots: One value per prompt.
         mean: Their mean, drawn as a line.
         threshold: Bounds of the metric.
-        limits: Smallest and largest value that the metric can have.
+        limits: Smallest and largest value that the metric can have, None where there is none.
     """
     frame = _Frame(width=560, height=132, left=18, right=18, top=12, bottom=34)
     values = [dot.values[0] for dot in dots]
@@ -162,7 +195,7 @@ def interval_chart(title: str, mean: float, low: float, high: float, threshold: 
     """Draw a mean with its interval against the bounds, small enough for a table's cell."""
     frame = _Frame(width=180, height=26, left=6, right=6, top=3, bottom=3)
     bounds = [bound for bound in (threshold.min, threshold.max) if bound is not None]
-    start, stop = _padded_range([low, high, *bounds], (-math.inf, None), pad=0.25)
+    start, stop = _padded_range([low, high, *bounds], (None, None), pad=0.25)
 
     def x(value: float) -> float:
         return frame.x((value - start) / (stop - start))
@@ -214,10 +247,12 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return next((ticks for ticks in inside if len(ticks) <= 8), inside[-1])
 
 
-def _step_ticks(steps: int) -> list[int]:
-    stride = next(stride for stride in (1, 2, 5, 10, 20, 50, 100, 1000) if steps / stride <= 10 or stride == 1000)
+def _number_ticks(first: int, last: int) -> list[int]:
+    span = last - first + 1
+    stride = next(stride for stride in (1, 2, 5, 10, 20, 50, 100, 1000) if span / stride <= 10 or stride == 1000)
     # A tick right beside the first would run into it.
-    return [1, *(step for step in range(stride, steps + 1, stride) if step - 1 >= 0.75 * stride)]
+    multiples = range(-(-first // stride) * stride, last + 1, stride)
+    return [first, *(number for number in multiples if number > first and number - first >= 0.75 * stride)]
 
 
 def _linear_ticks(low: float, high: float) -> list[float]:
@@ -229,11 +264,11 @@ def _linear_ticks(low: float, high: float) -> list[float]:
 
 
 def _padded_range(
-    values: Sequence[float], limits: tuple[float, float | None], pad: float = 0.08
+    values: Sequence[float], limits: tuple[float | None, float | None], pad: float = 0.08
 ) -> tuple[float, float]:
     low, high = min(values), max(values)
     margin = (high - low) * pad or abs(high) * pad or pad
-    least, most = limits[0], math.inf if limits[1] is None else limits[1]
+    least, most = -math.inf if limits[0] is None else limits[0], math.inf if limits[1] is None else limits[1]
     low, high = max(low - margin, least), min(high + margin, most)
     return (low, high) if high > low else (low - margin, high + margin)
 

@@ -1,4 +1,4 @@
-"""Images inside the report, within a bound on the file's size."""
+"""Images and videos inside the report, as ``data:`` URIs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.errors import CheckpointError
+import numpy as np
 
-IMAGE_BUDGET_BYTES = 16 * 2**20
-"""Base64 text of images in one report; images beyond it stay files beside the report."""
+from quantkit.errors import CheckpointError
 
 _LOSSLESS_PIXELS = 256
 _THUMBNAIL_PIXELS = 448
 _WEBP_QUALITY = 82
+_LOSSLESS_FRAME_PIXELS = 96
+_FRAME_PIXELS = 320
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """An image as the page needs it.
+    """A picture as the page needs it.
 
     Attributes:
         uri: ``data:`` URI.
@@ -49,6 +50,26 @@ def embed(path: Path) -> Embedded:
     buffer = io.BytesIO()
     thumbnail.save(buffer, "WEBP", quality=_WEBP_QUALITY)
     return Embedded(_uri("webp", buffer.getvalue()), pixelated=False)
+
+
+def embed_frames(frames: np.ndarray) -> Embedded:
+    """Return uint8 frames (frames, height, width, 3) as one tall picture: WebP, each frame at most 320 pixels.
+
+    A single picture keeps the players of a page in step and can be wound to any frame. Small frames lose nothing.
+    """
+    from PIL import Image
+
+    height, width = frames.shape[1:3]
+    small = max(height, width) <= _LOSSLESS_FRAME_PIXELS
+    scale = min(1.0, _FRAME_PIXELS / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    sheet = Image.new("RGB", (size[0], size[1] * len(frames)))
+    for index, frame in enumerate(frames):
+        picture = Image.fromarray(frame)
+        sheet.paste(picture if small else picture.resize(size, Image.Resampling.LANCZOS), (0, index * size[1]))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "WEBP", quality=_WEBP_QUALITY, lossless=small)
+    return Embedded(_uri("webp", buffer.getvalue()), pixelated=small)
 
 
 def _uri(kind: str, data: bytes) -> str:

@@ -1,35 +1,21 @@
-"""Every metric that a comparison knows: what it means, which way is better, how it is computed.
+"""Every number that a comparison knows: what it means and which way is better.
 
-Two kinds of function, each of one reference and one candidate:
-
-- latents: float32 arrays of one step (any shape) -> a divergence of the trajectories;
-- images: uint8 arrays (height, width, 3) -> a difference of the final images.
-
-`METRICS` is the only list of them. Thresholds in recipes name its keys.
+`METRICS` is the only list of single numbers, `CURVES` that of numbers along steps, frames or tokens. Thresholds in
+recipes name keys of `METRICS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from quantkit.compare.lpips import LPIPS_MIN_PIXELS, Lpips, why_no_lpips
-from quantkit.errors import MissingExtraError
-
-Kind = Literal["trajectory", "image", "cost"]
+MetricKind = Literal["trajectory", "picture", "video", "text", "cost"]
+Axis = Literal["denoising step", "frame", "token"]
 Better = Literal["higher", "lower"]
-ImageFunction = Callable[[np.ndarray, np.ndarray], float]
 
 PSNR_CAP_DB = 100.0
 """Identical images have an infinite PSNR; it and everything beyond this is reported as this."""
-
-SSIM_MIN_PIXELS = 11
-"""Side of SSIM's Gaussian window (sigma 1.5, cut at 3.5 sigma); smaller images have no SSIM."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +24,20 @@ class Metric:
 
     Attributes:
         label: Short name for people.
-        kind: ``trajectory`` (from latents), ``image`` (from final images), ``cost`` (time and memory).
+        kind: ``trajectory`` (from latents), ``picture`` (from images or the frames of a video), ``video`` (from how
+            frames follow each other), ``text`` (from answers), ``cost`` (time and memory).
         unit: Unit, empty where the number has none.
         better: Direction of improvement.
-        low: Smallest possible value.
+        low: Smallest possible value, None where there is none.
         high: Largest possible value, None where there is none.
         meaning: One sentence.
     """
 
     label: str
-    kind: Kind
+    kind: MetricKind
     unit: str
     better: Better
-    low: float
+    low: float | None
     high: float | None
     meaning: str
 
@@ -77,39 +64,96 @@ METRICS: Mapping[str, Metric] = {
         "Smallest cosine between the latents at any denoising step.",
     ),
     "psnr": Metric(
-        "PSNR", "image", "dB", "higher", 0, PSNR_CAP_DB,
-        "Peak signal-to-noise ratio of the 8-bit images, capped at 100 dB (identical images).",
+        "PSNR", "picture", "dB", "higher", 0, PSNR_CAP_DB,
+        "Peak signal-to-noise ratio of the 8-bit pictures, capped at 100 dB (identical pictures).",
     ),
     "ssim": Metric(
-        "SSIM", "image", "", "higher", -1, 1,
+        "SSIM", "picture", "", "higher", -1, 1,
         "Structural similarity (Wang et al. 2004: Gaussian window, sigma 1.5), mean over the channels.",
     ),
     "mae": Metric(
-        "Mean absolute error", "image", "of 255", "lower", 0, 255,
+        "Mean absolute error", "picture", "of 255", "lower", 0, 255,
         "Mean absolute difference of the 8-bit channel values.",
     ),
     "rmse": Metric(
-        "Root mean square error", "image", "of 255", "lower", 0, 255,
+        "Root mean square error", "picture", "of 255", "lower", 0, 255,
         "Root of the mean squared difference of the 8-bit channel values.",
     ),
     "image_cosine": Metric(
-        "Image cosine", "image", "", "higher", 0, 1, "Cosine of the angle between the images' channel values."
+        "Image cosine", "picture", "", "higher", 0, 1, "Cosine of the angle between the pictures' channel values."
     ),
     "image_rel_l2": Metric(
-        "Image relative L2", "image", "", "lower", 0, None,
-        "||candidate - reference|| / ||reference|| of the images' channel values.",
+        "Image relative L2", "picture", "", "lower", 0, None,
+        "||candidate - reference|| / ||reference|| of the pictures' channel values.",
     ),
     "flip": Metric(
-        "FLIP", "image", "", "lower", 0, 1,
-        "Mean difference a viewer perceives when flipping between the images (Andersson et al. 2020, 67 ppd).",
+        "FLIP", "picture", "", "lower", 0, 1,
+        "Mean difference a viewer perceives when flipping between the pictures (Andersson et al. 2020, 67 ppd).",
     ),
     "lpips": Metric(
-        "LPIPS", "image", "", "lower", 0, None,
+        "LPIPS", "picture", "", "lower", 0, None,
         "Learned perceptual distance (Zhang et al. 2018, AlexNet, version 0.1).",
+    ),
+    "psnr_min_over_frames": Metric(
+        "PSNR, worst frame", "video", "dB", "higher", 0, PSNR_CAP_DB, "Smallest PSNR of any frame."
+    ),
+    "ssim_min_over_frames": Metric(
+        "SSIM, worst frame", "video", "", "higher", -1, 1, "Smallest SSIM of any frame."
+    ),
+    "psnr_drift": Metric(
+        "PSNR drift", "video", "dB", "higher", -PSNR_CAP_DB, PSNR_CAP_DB,
+        "Mean PSNR of the last quarter of the frames minus that of the first quarter; below 0 it gets worse.",
+    ),
+    "ssim_drift": Metric(
+        "SSIM drift", "video", "", "higher", -2, 2,
+        "Mean SSIM of the last quarter of the frames minus that of the first quarter; below 0 it gets worse.",
+    ),
+    "mae_drift": Metric(
+        "Error drift", "video", "of 255", "lower", -255, 255,
+        "Mean absolute error of the last quarter of the frames minus that of the first quarter; above 0 it gets "
+        "worse.",
+    ),
+    "temporal_difference_mae": Metric(
+        "Temporal difference error", "video", "of 255", "lower", 0, 510,
+        "Mean absolute difference between the candidate's and the reference's change from one frame to the next; "
+        "sees flicker that errors of single frames miss.",
+    ),
+    "temporal_flickering_change": Metric(
+        "Steadiness, candidate minus reference", "video", "", "higher", -1, 1,
+        "1 - mean |frame difference| / 255 of the candidate minus that of the reference; below 0 the candidate "
+        "flickers or moves more.",
+    ),
+    "token_agreement": Metric(
+        "Token agreement", "text", "", "higher", 0, 1,
+        "Share of the reference's tokens at which both models, given the same text so far, find the same token "
+        "most likely.",
+    ),
+    "token_kl": Metric(
+        "KL divergence per token", "text", "nats", "lower", 0, None,
+        "Mean over the reference's tokens of KL(reference || candidate) of the next-token distributions.",
+    ),
+    "token_kl_max": Metric(
+        "KL divergence, worst token", "text", "nats", "lower", 0, None, "Largest KL divergence at any token."
+    ),
+    "token_logprob_change": Metric(
+        "Log-probability change", "text", "nats", "lower", 0, None,
+        "Mean over the reference's tokens of |log p candidate - log p reference| of that token.",
+    ),
+    "token_probability": Metric(
+        "Probability of the reference's token", "text", "", "higher", 0, 1,
+        "Mean probability that the candidate gives to the reference's tokens.",
+    ),
+    "same_prefix": Metric(
+        "Same beginning", "text", "", "higher", 0, 1,
+        "Share of the reference's answer that the candidate, writing freely, repeats before its first other token.",
+    ),
+    "same_answer": Metric(
+        "Same answer", "text", "", "higher", 0, 1,
+        "1 where the candidate, writing freely, gives the reference's answer token by token, else 0.",
     ),
     "step_time_ratio": Metric(
         "Time per step, candidate / reference", "cost", "x", "lower", 0, None,
-        "Ratio of the median times of a denoising step, per image.",
+        "Ratio of the median times of a step (of denoising, or one token), per image, video or answer.",
     ),
     "peak_memory_ratio": Metric(
         "Peak memory, candidate / reference", "cost", "x", "lower", 0, None,
@@ -122,125 +166,30 @@ METRICS: Mapping[str, Metric] = {
 }  # fmt: skip
 
 
-def relative_l2(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """Return ||candidate - reference|| / ||reference|| in float64.
+@dataclass(frozen=True)
+class Curve:
+    """What a row of numbers along an axis means.
 
-    Exactly 0 for equal arrays. Of a reference that is all zero (a black image) the norm of the candidate takes
-    the place of the divisor, which makes every difference 1.
+    Attributes:
+        label: Title of its chart.
+        axis: What it runs along.
+        unit: Unit, empty where the numbers have none.
+        logarithmic: Whether factors matter rather than differences; 0 is then drawn at the bottom.
+        first: Number of the first value on the axis.
     """
-    left, right = _wide(reference), _wide(candidate)
-    difference = _norm(right - left)
-    return 0.0 if difference == 0 else difference / (_norm(left) or _norm(right))
+
+    label: str
+    axis: Axis
+    unit: str = ""
+    logarithmic: bool = True
+    first: int = 1
 
 
-def cosine(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """Return the cosine of the angle between two arrays in float64; exactly 1 for equal arrays.
-
-    Computed as 1 - ||u - v||^2 / 2 of the unit vectors, which keeps small angles that a plain dot product rounds
-    away. If one array is all zero, the cosine is 1 when both are and 0 otherwise.
-    """
-    left, right = _wide(reference), _wide(candidate)
-    left_norm, right_norm = _norm(left), _norm(right)
-    if left_norm == 0 or right_norm == 0:
-        return 1.0 if left_norm == right_norm else 0.0
-    return 1.0 - 0.5 * _norm(left / left_norm - right / right_norm) ** 2
-
-
-def _wide(array: np.ndarray) -> np.ndarray:
-    return np.asarray(array, dtype=np.float64).ravel()
-
-
-def _norm(array: np.ndarray) -> float:
-    return float(np.sqrt(np.dot(array, array)))
-
-
-def psnr(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """Return the peak signal-to-noise ratio of two uint8 images in dB, at most `PSNR_CAP_DB`."""
-    squared = rmse(reference, candidate) ** 2
-    if squared == 0:
-        return PSNR_CAP_DB
-    return float(min(10 * np.log10(255**2 / squared), PSNR_CAP_DB))
-
-
-def ssim(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """Return the structural similarity of two uint8 images of at least `SSIM_MIN_PIXELS` each side."""
-    from skimage.metrics import structural_similarity
-
-    return float(
-        structural_similarity(
-            reference,
-            candidate,
-            channel_axis=2,
-            data_range=255,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
-    )
-
-
-def mae(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """Return the mean absolute difference of two uint8 images, 0 to 255."""
-    return float(np.abs(reference.astype(np.float64) - candidate).mean())
-
-
-def rmse(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """Return the root mean square difference of two uint8 images, 0 to 255."""
-    return float(np.sqrt(np.mean((reference.astype(np.float64) - candidate) ** 2)))
-
-
-def flip_map(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """Return FLIP's error map of two uint8 images: float32 (height, width), 0 (no difference seen) to 1.
-
-    The metric ``flip`` is its mean; whoever needs both computes the map, which takes seconds, once. This is
-    NVIDIA's implementation with its defaults (LDR, 67 pixels per degree).
-    """
-    from flip_evaluator import nbflip
-
-    left, right = (np.ascontiguousarray(image, dtype=np.float32) / 255 for image in (reference, candidate))
-    error, _mean, _parameters = nbflip.evaluate(left, right, False, True, False, False, {})
-    return np.asarray(error, dtype=np.float32)[:, :, 0]
-
-
-def why_no_flip() -> str | None:
-    """Return why FLIP cannot be computed here, or None."""
-    return (
-        "flip-evaluator is not installed: pip install 'quantkit[eval]'"
-        if find_spec("flip_evaluator") is None
-        else None
-    )
-
-
-def image_metrics(lpips_backbone: Path | None) -> tuple[dict[str, ImageFunction], dict[str, str]]:
-    """Return the functions of the image metrics beside ``flip``, and why metrics cannot be computed here.
-
-    Args:
-        lpips_backbone: AlexNet weights for LPIPS; None looks in torch hub's cache.
-
-    Raises:
-        MissingExtraError: If scikit-image is not installed.
-        RecipeError: If ``lpips_backbone`` is given and is no AlexNet.
-    """
-    if find_spec("skimage") is None:
-        raise MissingExtraError("scikit-image", "eval")
-    functions: dict[str, ImageFunction] = {
-        "psnr": psnr, "ssim": ssim, "mae": mae, "rmse": rmse, "image_cosine": cosine, "image_rel_l2": relative_l2,
-    }  # fmt: skip
-    unavailable = {}
-    if (reason := why_no_flip()) is not None:
-        unavailable["flip"] = reason
-    if (reason := why_no_lpips(lpips_backbone)) is None:
-        functions["lpips"] = Lpips(lpips_backbone)
-    else:
-        unavailable["lpips"] = reason
-    return functions, unavailable
-
-
-def too_small(side: int) -> dict[str, str]:
-    """Return metric -> reason for those that an image whose shorter side has this many pixels cannot have."""
-    needs = {"ssim": SSIM_MIN_PIXELS, "lpips": LPIPS_MIN_PIXELS}
-    return {
-        name: f"needs images of at least {pixels} pixels each side"
-        for name, pixels in needs.items()
-        if side < pixels
-    }
+CURVES: Mapping[str, Curve] = {
+    "latent_rel_l2": Curve("Relative L2 distance of the latents", "denoising step"),
+    "latent_cosine_distance": Curve("1 \N{MINUS SIGN} cosine of the latents", "denoising step"),
+    "frame_psnr": Curve("PSNR of every frame", "frame", "dB", logarithmic=False),
+    "frame_motion_error": Curve("Error of the change since the frame before", "frame", "of 255", first=2),
+    "token_kl": Curve("KL divergence of the next token", "token", "nats"),
+    "token_logprob_change": Curve("Change of the log-probability of the reference's token", "token", "nats"),
+}

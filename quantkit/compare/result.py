@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quantkit.errors import CheckpointError
 from quantkit.gate.verdict import Verdict
+from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling, Task
 
 RESULT_FILE = "result.json"
 REPORT_FILE = "report.html"
 IMAGES_FOLDER = "images"
+VIDEOS_FOLDER = "videos"
+INPUTS_FOLDER = "inputs"
 
 
 class Part(BaseModel):
@@ -44,8 +47,9 @@ class ModelSide(Part):
         peak_memory_bytes: Highest memory above the level before loading; None if it cannot be measured here.
         peak_memory_note: How it was measured, or why it could not be.
         load_s: Seconds to load.
-        step_ms: Milliseconds of a denoising step, the first of every image excluded; None with one step per image.
-        image_s: Seconds of an image, text encoding and decoding included.
+        step_ms: Milliseconds of a denoising step or token, the first of every output excluded; None if there is no
+            other.
+        output_s: Seconds of an image, video or answer, from the prompt on.
     """
 
     label: str
@@ -58,7 +62,62 @@ class ModelSide(Part):
     peak_memory_note: str
     load_s: float
     step_ms: Timing | None
-    image_s: Timing
+    output_s: Timing
+
+
+class ImageOutput(Part):
+    """Images of one prompt and seed, as PNG files relative to the result's folder.
+
+    Attributes:
+        kind: Tells it from the others.
+        reference: The reference's image.
+        candidate: The candidate's; None if it could not be scored.
+        difference: The difference map; None as above.
+    """
+
+    kind: Literal["image"] = "image"
+    reference: str
+    candidate: str | None
+    difference: str | None
+
+
+class VideoOutput(Part):
+    """Videos of one prompt and seed, as folders of PNG frames relative to the result's folder.
+
+    Attributes:
+        kind: Tells it from the others.
+        reference: Folder of the reference's frames.
+        candidate: Of the candidate's; None if it could not be scored.
+        frames: Frames of each.
+    """
+
+    kind: Literal["video"] = "video"
+    reference: str
+    candidate: str | None
+    frames: int
+
+
+class AnswerOutput(Part):
+    """Answers to one prompt, token by token.
+
+    Attributes:
+        kind: Tells it from the others.
+        reference: Text of each token of the reference's answer; joined they are the answer.
+        candidate: Likewise of the candidate, writing freely.
+        agreement: For each token of the reference, whether both models find the same token most likely there.
+        probability: For each token of the reference, the probability that the candidate gives it.
+        first_difference: Index of the first token in which the two answers differ; None if none does.
+    """
+
+    kind: Literal["answer"] = "answer"
+    reference: tuple[str, ...]
+    candidate: tuple[str, ...]
+    agreement: tuple[bool, ...]
+    probability: tuple[float, ...]
+    first_difference: int | None
+
+
+Output = ImageOutput | VideoOutput | AnswerOutput
 
 
 class Item(Part):
@@ -66,35 +125,30 @@ class Item(Part):
 
     Attributes:
         prompt: Index into the prompts.
-        seed: Seed of the initial noise.
-        latent_rel_l2: Relative L2 distance of the latents after every step.
-        latent_cosine: Cosine of the latents after every step.
+        seed: Seed of the initial noise; of answers, which are greedy, of nothing.
+        curves: Curve name -> values along its axis, as far as they are finite.
         metrics: Metric name -> value; empty if the item failed.
         failure: What the candidate produced that cannot be scored; None if all is well.
-        reference_image: PNG, relative to the result's folder.
-        candidate_image: PNG; None if the candidate's image is not finite.
-        difference_image: PNG of the difference map; None as above.
+        output: What both models made.
     """
 
     prompt: int
     seed: int
-    latent_rel_l2: tuple[float, ...]
-    latent_cosine: tuple[float, ...]
+    curves: dict[str, tuple[float, ...]]
     metrics: dict[str, float]
     failure: str | None
-    reference_image: str
-    candidate_image: str | None
-    difference_image: str | None
+    output: Annotated[Output, Field(discriminator="kind")]
 
 
 class Spread(Part):
-    """Distribution over all items, one entry per denoising step."""
+    """Distribution of a curve over the items that reach each of its points; answers end at different lengths."""
 
     minimum: tuple[float, ...]
     p10: tuple[float, ...]
     median: tuple[float, ...]
     p90: tuple[float, ...]
     maximum: tuple[float, ...]
+    count: tuple[int, ...]
 
 
 class Summary(Part):
@@ -106,15 +160,15 @@ class Summary(Part):
 
 
 class NoiseFloor(Part):
-    """The reference run twice on its first item: what differs without any quantization.
+    """The reference run twice on its first item and scored like a candidate: what differs without quantization.
 
     Attributes:
-        latent_rel_l2: Relative L2 distance of the latents after every step; all 0 where sampling is deterministic.
-        image_mae: Mean absolute difference of the two images, of 255.
+        curves: Curve name -> values along its axis; all 0 distance where sampling is deterministic.
+        metrics: Metric name -> value.
     """
 
-    latent_rel_l2: tuple[float, ...]
-    image_mae: float
+    curves: dict[str, tuple[float, ...]]
+    metrics: dict[str, float]
 
 
 class Comparison(Part):
@@ -132,19 +186,18 @@ class Comparison(Part):
         recipe_sha256: Of the recipe's bytes.
         family: Name of the model family.
         task: What the models were asked to do.
-        sampling: How both were sampled, the family's defaults filled in.
-        scheduler: Class of the scheduler.
-        timesteps: The scheduler's timestep of every step.
-        prompts: Texts.
+        sampling: How both were sampled, the family's defaults filled in; sizes are those of what came out.
+        scheduler: Class of the scheduler; None if the task has none.
+        timesteps: The scheduler's timestep of every step; empty if the task has none.
+        prompts: What both models were asked; pictures are files relative to the result's folder.
         seeds: Seeds, each used with every prompt.
         reference: The reference model.
         candidate: The candidate model.
         items: One per prompt and seed, prompts outermost.
-        latent_rel_l2: Distribution over the items per step; None if no item could be scored.
-        latent_cosine: Likewise.
+        curves: Curve name -> distribution over the items that could be scored.
         metrics: Metric name -> summary over prompts.
         unavailable: Metric name -> why it was not measured.
-        difference_map: What the difference images show, ``FLIP`` or ``absolute error``.
+        difference_map: What the difference pictures show, ``FLIP`` or ``absolute error``.
         noise_floor: None if it was not asked for.
         thresholds_source: Where the thresholds come from.
         verdict: What the thresholds say.
@@ -162,15 +215,14 @@ class Comparison(Part):
     family: str
     task: Task
     sampling: Sampling
-    scheduler: str
+    scheduler: str | None
     timesteps: tuple[float, ...]
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
     reference: ModelSide
     candidate: ModelSide
     items: tuple[Item, ...]
-    latent_rel_l2: Spread | None
-    latent_cosine: Spread | None
+    curves: dict[str, Spread]
     metrics: dict[str, Summary]
     unavailable: dict[str, str]
     difference_map: str

@@ -1,103 +1,44 @@
-"""Loading one model, running every prompt and seed through it, and measuring what that takes."""
+"""Running every prompt and seed through one model after the other, and measuring what that takes."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from quantkit.checkpoint import Pipeline
 from quantkit.compare.footprint import PeakMemory, disk_bytes, quantization_of, weight_bytes
 from quantkit.compare.result import ModelSide
+from quantkit.compare.shots import Progress, ProgressCallback, Role, Shot
 from quantkit.compare.summary import timing
-from quantkit.compare.trajectory import Trajectory, record
-from quantkit.errors import CheckpointError, MissingExtraError, QuantkitError, RecipeError
+from quantkit.compare.tasks.base import Recording, Task
+from quantkit.errors import MissingExtraError, QuantkitError
 from quantkit.recipe.load import MANIFEST
 
-if TYPE_CHECKING:
-    import torch
-
-Role = Literal["reference", "candidate"]
-Handle = Callable[[int, Trajectory], None]
+Handle = Callable[[int, Recording], None]
 """Takes the index of the shot and what was recorded of it."""
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One image to make: index of the prompt, the prompt, the seed."""
-
-    prompt: int
-    text: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a comparison is.
-
-    Attributes:
-        role: The model that runs.
-        shot: The image in work; None while the model loads.
-        step: Steps done of it.
-        steps: Steps it takes, 0 while the model loads.
-        done: Images done of both models, with the fraction of the one in work.
-        total: Images of both models.
-    """
-
-    role: Role
-    shot: Shot | None
-    step: int
-    steps: int
-    done: float
-    total: int
-
-
-ProgressCallback = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How both models are loaded and called.
-
-    Attributes:
-        device: Where they run.
-        dtype: Of 16 (or 32) bit weights and activations.
-        backend: Kernel backend of packed layers.
-        call_kwargs: Arguments of the pipeline call beside prompt, generator and callback.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    backend: str
-    call_kwargs: Mapping[str, Any]
 
 
 class Sampler:
     """Runs the same shots through one model after the other.
 
     Args:
-        settings: How the models are loaded and called.
-        shots: What to generate, in this order.
-        extra_shots: Further images that the caller will ask for, counted in the progress.
+        task: How a model is loaded and what it makes.
+        extra_shots: Further outputs that the caller will ask for, counted in the progress.
         on_progress: Called while loading and after every step.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        shots: Sequence[Shot],
-        *,
-        extra_shots: int = 0,
-        on_progress: ProgressCallback | None = None,
+        self, task: Task[Any], *, extra_shots: int = 0, on_progress: ProgressCallback | None = None
     ) -> None:
-        self._settings = settings
-        self._shots = shots
+        self._task = task
+        self._shots = task.context.shots
+        self._device = task.context.device
         self._on_progress = on_progress
         self._done = 0
-        self._total = 2 * len(shots) + extra_shots
+        self._total = 2 * len(self._shots) + extra_shots
 
     def run(
         self, role: Role, model: Pipeline, handle: Handle, *, label: str, repeat: Sequence[int] = ()
@@ -119,31 +60,31 @@ class Sampler:
         import torch
 
         _import_ahead(model)
-        memory = PeakMemory(self._settings.device)
+        memory = PeakMemory(self._device)
         try:
             self._report(role, None, 0, 0)
             started = time.perf_counter()
-            pipeline = self._load(model)
-            self._synchronize()
+            loaded = self._task.load(model.folder)
+            self._task.context.synchronize()
             load_s = time.perf_counter() - started
             step_ms: list[float] = []
-            image_s: list[float] = []
+            output_s: list[float] = []
             for position, index in enumerate((*range(len(self._shots)), *repeat)):
-                trajectory = self._record(role, pipeline, self._shots[index])
+                recording = self._record(role, loaded, index)
                 if position < len(self._shots):
-                    step_ms += trajectory.step_ms[1:]  # the first step pays for warm-up
-                    image_s.append(trajectory.total_s)
+                    step_ms += recording.step_ms
+                    output_s.append(recording.total_s)
                 with memory.excluded():
-                    handle(index, trajectory)
+                    handle(index, recording)
                 self._done += 1
             peak, note = memory.read()
-            weights = weight_bytes(pipeline.components)
+            weights = weight_bytes(loaded.components)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             raise QuantkitError(
-                f"{model.folder}: does not fit into the memory of {self._settings.device}: {reason}"
+                f"{model.folder}: does not fit into the memory of {self._device}: {reason}"
             ) from error
-        seconds = timing(image_s)
+        seconds = timing(output_s)
         assert seconds is not None, "there is at least one shot"
         return ModelSide(
             label=label,
@@ -156,41 +97,16 @@ class Sampler:
             peak_memory_note=note,
             load_s=load_s,
             step_ms=timing(step_ms),
-            image_s=seconds,
+            output_s=seconds,
         )
 
-    def _load(self, model: Pipeline) -> Any:
-        import quantkit_runtime
-        from quantkit_runtime.errors import BackendUnavailableError, QuantkitRuntimeError
-
-        settings = self._settings
-        try:
-            pipeline = quantkit_runtime.load_pipeline(
-                model.folder, device=settings.device, dtype=settings.dtype, backend=settings.backend
-            )
-        except BackendUnavailableError as error:
-            raise RecipeError(str(error)) from error
-        except QuantkitRuntimeError as error:
-            raise CheckpointError(str(error)) from error
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    def _record(self, role: Role, pipeline: Any, shot: Shot) -> Trajectory:
+    def _record(self, role: Role, loaded: Any, index: int) -> Recording:
+        shot = self._shots[index]
         self._report(role, shot, 0, 0)
-        return record(
-            pipeline,
-            shot.text,
-            shot.seed,
-            self._settings.call_kwargs,
-            synchronize=self._synchronize,
-            on_step=lambda step, steps: self._report(role, shot, step + 1, steps),
+        recording: Recording = self._task.record(
+            loaded, index, lambda step, steps: self._report(role, shot, step, steps)
         )
-
-    def _synchronize(self) -> None:
-        import torch
-
-        if self._settings.device.type != "cpu":
-            torch.accelerator.synchronize(self._settings.device)
+        return recording
 
     def _report(self, role: Role, shot: Shot | None, step: int, steps: int) -> None:
         if self._on_progress is not None:

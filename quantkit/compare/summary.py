@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from quantkit.compare.metrics import METRICS
 from quantkit.compare.result import Item, Spread, Summary, Timing
 from quantkit.gate.bootstrap import bootstrap_mean
 from quantkit.gate.verdict import prompt_means
 
-# What the eye sees decides which prompt is the worst; FLIP where it could be computed.
-_SORT_METRICS = ("flip", "mae")
-
 
 def spread(rows: Sequence[Sequence[float]]) -> Spread | None:
-    """Return the distribution per step over the rows, one row per item; None without any row."""
-    if not rows:
+    """Return the distribution over the rows at every point, one row per item; None without any value.
+
+    Rows may end early; each point is then described over the rows that reach it.
+    """
+    longest = max(map(len, rows), default=0)
+    if longest == 0:
         return None
-    minimum, p10, median, p90, maximum = (
-        tuple(map(float, line)) for line in np.quantile(np.asarray(rows, np.float64), [0, 0.1, 0.5, 0.9, 1], axis=0)
-    )
-    return Spread(minimum=minimum, p10=p10, median=median, p90=p90, maximum=maximum)
+    points = [[row[index] for row in rows if len(row) > index] for index in range(longest)]
+    quantiles = np.array([np.quantile(np.asarray(point, np.float64), [0, 0.1, 0.5, 0.9, 1]) for point in points])
+    minimum, p10, median, p90, maximum = (tuple(map(float, line)) for line in quantiles.T)
+    return Spread(minimum=minimum, p10=p10, median=median, p90=p90, maximum=maximum, count=tuple(map(len, points)))
+
+
+def curve_spreads(items: Sequence[Item]) -> dict[str, Spread]:
+    """Return the distribution of every curve over the items that could be scored."""
+    scored = [item.curves for item in items if item.failure is None]
+    names = dict.fromkeys(name for curves in scored for name in curves)
+    found = {name: spread([curves[name] for curves in scored if name in curves]) for name in names}
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def timing(values: Sequence[float]) -> Timing | None:
@@ -33,14 +42,14 @@ def timing(values: Sequence[float]) -> Timing | None:
     return Timing(median=median, p10=p10, p90=p90, count=len(values))
 
 
-def trajectory_metrics(rel_l2: Sequence[float], cosines: Sequence[float]) -> dict[str, float]:
+def trajectory_metrics(rel_l2: Sequence[float], cosine_distance: Sequence[float]) -> dict[str, float]:
     """Return the trajectory metrics of one item from its values after every step."""
     return {
         "latent_rel_l2": rel_l2[-1],
         "latent_rel_l2_median_over_steps": float(np.median(rel_l2)),
         "latent_rel_l2_max_over_steps": max(rel_l2),
-        "latent_cosine": cosines[-1],
-        "latent_cosine_min_over_steps": min(cosines),
+        "latent_cosine": 1 - cosine_distance[-1],
+        "latent_cosine_min_over_steps": 1 - max(cosine_distance),
     }
 
 
@@ -62,23 +71,23 @@ def summaries(values: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Summ
     return result
 
 
-def sort_metric(items: Sequence[Item]) -> str:
-    """Return the metric by which prompts are sorted, worst first."""
-    return next((name for name in _SORT_METRICS if any(name in item.metrics for item in items)), _SORT_METRICS[-1])
+def worst_first(items: Sequence[Item], metric: str) -> list[list[Item]]:
+    """Return the items grouped by prompt, the worst prompt first and in it the worst seed; failures lead.
 
-
-def worst_first(items: Sequence[Item]) -> list[list[Item]]:
-    """Return the items grouped by prompt, the worst prompt first and in it the worst seed; failures lead."""
-    metric = sort_metric(items)
+    Args:
+        items: Of all prompts.
+        metric: What decides which is worse.
+    """
+    sign = -1 if METRICS[metric].better == "higher" else 1
 
     def badness(item: Item) -> float:
-        return item.metrics.get(metric, float("inf"))
+        return sign * item.metrics[metric] if metric in item.metrics else float("inf")
 
     groups: dict[int, list[Item]] = {}
     for item in items:
         groups.setdefault(item.prompt, []).append(item)
 
-    def mean_badness(group: list[Item]) -> Any:
+    def mean_badness(group: list[Item]) -> float:
         return -sum(map(badness, group)) / len(group)
 
     return [sorted(group, key=badness, reverse=True) for group in sorted(groups.values(), key=mean_badness)]

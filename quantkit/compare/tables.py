@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from quantkit.compare.charts import interval_chart
+from quantkit.compare.kinds import KINDS, Kind
 from quantkit.compare.metrics import METRICS
 from quantkit.compare.numbers import milliseconds, seconds, short, size, times
 from quantkit.compare.result import Comparison, Item, ModelSide
-from quantkit.compare.summary import sort_metric
 from quantkit.gate.thresholds import describe
 from quantkit.gate.verdict import FEW_PROMPTS, Row
-
-CAPTION_METRICS = {"flip": "FLIP", "psnr": "PSNR", "ssim": "SSIM", "latent_rel_l2": "latent L2"}
-"""Metrics beside every image, with names that fit there."""
 
 # Weights that take this much more than their files are not packed any more.
 _UNPACKED_RATIO = 1.1
@@ -24,7 +21,8 @@ _ABSENT = "\N{EM DASH}"
 def tiles(result: Comparison) -> list[dict[str, str]]:
     """Return the four numbers that a reader wants first."""
     tiles = []
-    for name in ("latent_rel_l2", sort_metric(result.items)):
+    kind = KINDS[result.task]
+    for name in (kind.headline, kind.sort_metric(result.items)):
         if name in result.metrics:
             metric, summary = METRICS[name], result.metrics[name]
             tiles.append(
@@ -46,7 +44,7 @@ def tiles(result: Comparison) -> list[dict[str, str]]:
         before, after = result.reference.step_ms.median, result.candidate.step_ms.median
         tiles.append(
             {
-                "label": "Time per step",
+                "label": f"Time per {kind.step}",
                 "value": times(after / before),
                 "note": f"{milliseconds(after)} instead of {milliseconds(before)}",
             }
@@ -106,7 +104,7 @@ def other_rows(result: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def cost_rows(reference: ModelSide, candidate: ModelSide) -> list[dict[str, Any]]:
+def cost_rows(reference: ModelSide, candidate: ModelSide, kind: Kind) -> list[dict[str, Any]]:
     """Return what both models cost, one row per quantity; the ratio is candidate over reference."""
 
     def row(label: str, ours: float | None, theirs: float | None, text: Any, note: str = "") -> dict[str, Any]:
@@ -132,6 +130,7 @@ def cost_rows(reference: ModelSide, candidate: ModelSide) -> list[dict[str, Any]
     held, stored = sum(candidate.weight_bytes.values()), sum(candidate.disk_bytes.values())
     unpacked = "kernels keep unpacked copies for speed" if held > _UNPACKED_RATIO * stored else ""
     ours, theirs = reference.step_ms, candidate.step_ms
+    both = f"10 to 90 %: {spread(reference)}; {spread(candidate)}"
     rows += [
         row("Weights in memory", sum(reference.weight_bytes.values()), held, size, unpacked),
         row(
@@ -142,24 +141,24 @@ def cost_rows(reference: ModelSide, candidate: ModelSide) -> list[dict[str, Any]
             candidate.peak_memory_note,
         ),
         row(
-            "Time per step, median",
+            f"Time per {kind.step}, median",
             ours.median if ours else None,
             theirs.median if theirs else None,
             milliseconds,
-            f"10 to 90 %: {spread(reference)}; {spread(candidate)}" if ours and theirs else "one step per image",
+            both if ours and theirs else f"one {kind.step} per {kind.output}",
         ),
-        row("Time per image, median", reference.image_s.median, candidate.image_s.median, seconds),
+        row(f"Time per {kind.output}, median", reference.output_s.median, candidate.output_s.median, seconds),
         row("Time to load", reference.load_s, candidate.load_s, seconds),
     ]
     return rows
 
 
-def item_rows(groups: Sequence[Sequence[Item]]) -> list[dict[str, Any]]:
-    """Return one row per image in the order of the gallery."""
+def item_rows(groups: Sequence[Sequence[Item]], kind: Kind) -> list[dict[str, Any]]:
+    """Return one row per item in the order of the gallery."""
     return [
         {
             "item": item,
-            "values": [short(item.metrics[name]) if name in item.metrics else _ABSENT for name in CAPTION_METRICS],
+            "values": [short(item.metrics[name]) if name in item.metrics else _ABSENT for name in kind.captions],
         }
         for group in groups
         for item in group

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from quantkit.compare.shots import StepCallback
 from quantkit.errors import CheckpointError
-
-StepCallback = Callable[[int, int], None]
-"""Called after every step with its index and the number of steps."""
 
 MEMORY_BUDGET_BYTES = 2**30
 """Latents of the reference beyond this are kept in a memory-mapped file."""
@@ -26,16 +26,17 @@ class Trajectory:
     Attributes:
         latents: float32 (steps + 1, ...), the initial noise first, in the scheduler's own layout.
         timesteps: The scheduler's timestep of every step.
-        image: uint8 (height, width, 3).
-        image_is_finite: Whether the decoder's output was, before it became 8 bit.
-        step_ms: Milliseconds of every step; the copy of the latents to the host is not in it.
-        total_s: Seconds from call to image.
+        frames: uint8 (frames, height, width, 3); an image is a video of one frame.
+        frames_are_finite: Whether the decoder's output was, before it became 8 bit.
+        step_ms: Milliseconds of every step but the first, which pays for warm-up; the copy of the latents to the
+            host is not in it.
+        total_s: Seconds from call to output.
     """
 
     latents: np.ndarray
     timesteps: tuple[float, ...]
-    image: np.ndarray
-    image_is_finite: bool
+    frames: np.ndarray
+    frames_are_finite: bool
     step_ms: tuple[float, ...]
     total_s: float
 
@@ -47,7 +48,7 @@ class Trajectory:
 
 @dataclass
 class _Recorder:
-    """Takes the denoiser's first input and then the latents after every step, and times the steps."""
+    """Takes what the scheduler's first step gets and then the latents after every step, and times the steps."""
 
     synchronize: Callable[[], None]
     on_step: StepCallback | None
@@ -56,21 +57,35 @@ class _Recorder:
     step_ms: list[float] = field(default_factory=list)
     step_started: float = 0.0
 
-    def before_denoiser(self, _module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self.latents:
-            return
-        self.synchronize()
-        noise = kwargs.get("hidden_states", kwargs.get("sample"))
-        self.latents.append(_to_host(args[0] if noise is None else noise))
-        self.step_started = time.perf_counter()
+    @contextmanager
+    def listening(self, scheduler: Any) -> Iterator[None]:
+        """Take the noise from the scheduler's first step.
+
+        What the denoiser gets may be cast, doubled for guidance or joined with an image, and may go to either of
+        two experts; the scheduler's step gets the latents alone, in full precision.
+        """
+        step = scheduler.step
+
+        @functools.wraps(step)
+        def listened(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.latents:
+                self.latents.append(_to_host(sample))
+            return step(model_output, timestep, sample, *args, **kwargs)
+
+        scheduler.step = listened
+        try:
+            yield
+        finally:
+            del scheduler.step
 
     def after_step(self, pipeline: Any, step: int, timestep: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
         self.synchronize()
-        self.step_ms.append((time.perf_counter() - self.step_started) * 1e3)
+        if self.timesteps:
+            self.step_ms.append((time.perf_counter() - self.step_started) * 1e3)
         self.latents.append(_to_host(tensors["latents"]))
         self.timesteps.append(float(timestep))
         if self.on_step is not None:
-            self.on_step(step, int(pipeline.num_timesteps))
+            self.on_step(step + 1, int(pipeline.num_timesteps))
         self.step_started = time.perf_counter()
         return {}
 
@@ -83,56 +98,52 @@ def _to_host(tensor: Any) -> np.ndarray:
 
 def record(
     pipeline: Any,
-    prompt: str,
+    inputs: Mapping[str, Any],
     seed: int,
-    call_kwargs: Mapping[str, Any],
     *,
     synchronize: Callable[[], None] = lambda: None,
     on_step: StepCallback | None = None,
 ) -> Trajectory:
-    """Generate one image with a diffusers text-to-image pipeline and record the way to it.
+    """Generate one image or video with a diffusers pipeline and record the way to it.
 
     The noise is drawn on the CPU, so that the same seed starts from the same noise on every device.
 
     Args:
         pipeline: A diffusers pipeline whose call takes ``callback_on_step_end``.
-        prompt: Text.
+        inputs: Arguments of the call (prompt, image, size, steps, guidance ...).
         seed: Seed of the initial noise.
-        call_kwargs: Further arguments of the call (size, steps, guidance ...).
         synchronize: Waits until the device has finished its work.
         on_step: Called after every step.
 
     Raises:
-        CheckpointError: If the pipeline has no denoiser, or ran no step.
+        CheckpointError: If the pipeline has no scheduler, or ran no step.
     """
     import torch
 
-    denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
-    if denoiser is None:
-        raise CheckpointError(f"{type(pipeline).__name__} has neither a transformer nor a unet to record")
+    scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is None:
+        raise CheckpointError(f"{type(pipeline).__name__} has no scheduler whose steps could be recorded")
     recorder = _Recorder(synchronize, on_step)
     started = time.perf_counter()
-    hook = denoiser.register_forward_pre_hook(recorder.before_denoiser, with_kwargs=True)
-    try:
+    with recorder.listening(scheduler):
         output = pipeline(
-            prompt=prompt,
+            **inputs,
             generator=torch.Generator("cpu").manual_seed(seed),
             callback_on_step_end=recorder.after_step,
             callback_on_step_end_tensor_inputs=["latents"],
             output_type="np",
-            **call_kwargs,
         )
-    finally:
-        hook.remove()
-    if not recorder.step_ms:
+    if not recorder.timesteps:
         raise CheckpointError(f"{type(pipeline).__name__} ran no denoising step")
-    image = np.asarray(output.images[0], dtype=np.float32)
-    finite = bool(np.isfinite(image).all())
+    # A pipeline gives a list of images or of videos; one of either was asked for.
+    made = output.images if hasattr(output, "images") else output.frames[0]
+    frames = np.asarray(made, dtype=np.float32)
+    finite = bool(np.isfinite(frames).all())
     return Trajectory(
         latents=np.stack(recorder.latents),
         timesteps=tuple(recorder.timesteps),
-        image=(np.nan_to_num(image).clip(0, 1) * 255).round().astype(np.uint8),
-        image_is_finite=finite,
+        frames=(np.nan_to_num(frames).clip(0, 1) * 255).round().astype(np.uint8),
+        frames_are_finite=finite,
         step_ms=tuple(recorder.step_ms),
         total_s=time.perf_counter() - started,
     )

@@ -8,17 +8,26 @@ from typing import Literal
 
 from quantkit.errors import RecipeError
 from quantkit.gate.bootstrap import Interval
-from quantkit.recipe.schema import Threshold
+from quantkit.recipe.schema import Task, Threshold
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
-DEFAULT_THRESHOLDS: Mapping[str, Threshold] = {
+_PICTURES = {
     "psnr": Threshold(min=20.0),
     "mae": Threshold(max=12.0),
     "image_cosine": Threshold(min=0.98),
     "image_rel_l2": Threshold(max=0.20),
 }
-"""Used where nothing else is given: the "recommended" bounds of vLLM-Omni's comparison tool (final image)."""
+_VIDEOS = _PICTURES | {"mae_drift": Threshold(max=6.0)}
+
+DEFAULT_THRESHOLDS: Mapping[Task, Mapping[str, Threshold]] = {
+    "t2i": _PICTURES,
+    "t2v": _VIDEOS,
+    "i2v": _VIDEOS,
+    "chat": {"token_agreement": Threshold(min=0.90), "token_kl": Threshold(max=0.10)},
+}
+"""Used where nothing else is given. Of pictures: the "recommended" bounds of vLLM-Omni's comparison tool; the
+others are quantkit's own (docs/compare.md says why)."""
 
 
 def check_names(thresholds: Collection[str], known: Collection[str], where: str) -> None:

@@ -153,6 +153,8 @@ class Sampling(Section):
     negative_prompt: str | None = None
     max_sequence_length: PositiveInt | None = None
     """Text tokens."""
+    max_new_tokens: PositiveInt | None = None
+    """Tokens of an answer at most."""
 
     def over(self, base: Sampling) -> Sampling:
         """Return the base with every key that is given here replaced."""

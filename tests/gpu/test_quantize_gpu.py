@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import quantkit.demo
-from quantkit.compare.run import Request, compare
+from quantkit.compare.request import Request
+from quantkit.compare.run import compare
 from quantkit.quantize.run import prepare, quantize
 from quantkit.quantize.verify import verify
 from quantkit.recipe import find_prompts, find_recipe, load_recipe, read_prompts

@@ -2,14 +2,14 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny import build_flux
+from tiny.perturb import perturb
 
-from quantkit.compare.run import Request, compare
+from quantkit.compare.request import Request
+from quantkit.compare.run import compare
 from quantkit.recipe.schema import Sampling, Threshold
 
 PROMPTS = ("a red circle on the left", "a blue square on white")
@@ -21,20 +21,6 @@ SAMPLING = Sampling(
     negative_prompt="black",
     max_sequence_length=16,
 )
-
-
-def perturb(source, target, strength):
-    """Copy a pipeline with noise on the transformer's weights, relative to their spread."""
-    shutil.copytree(source, target)
-    file = target / "transformer" / "diffusion_pytorch_model.safetensors"
-    generator = torch.Generator().manual_seed(1)
-    tensors = load_file(file)
-    for name, tensor in tensors.items():
-        if tensor.ndim == 2:
-            noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
-            tensors[name] = (tensor.float() + strength * noise).to(tensor.dtype)
-    save_file(tensors, file)
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +57,14 @@ def results(reference, slight, strong, tmp_path_factory):
 def test_a_pipeline_compared_with_itself_is_exactly_equal(results):
     result = results["reference"]
     assert result.verdict.outcome == "PASS"
-    assert {value for item in result.items for value in item.latent_rel_l2} == {0.0}
+    assert {value for item in result.items for value in item.curves["latent_rel_l2"]} == {0.0}
     assert result.metrics["psnr"].value == 100
     assert result.metrics["weight_memory_ratio"].value == 1
-    assert max(result.noise_floor.latent_rel_l2) == 0
+    assert max(result.noise_floor.curves["latent_rel_l2"]) == 0
 
 
 def test_more_perturbed_weights_diverge_more_at_every_step(results):
-    slight, strong = results["slight"].latent_rel_l2.median, results["strong"].latent_rel_l2.median
+    slight, strong = (results[name].curves["latent_rel_l2"].median for name in ("slight", "strong"))
     assert all(0 < less < more for less, more in zip(slight, strong, strict=True))
     assert results["slight"].verdict.outcome == "PASS"
     assert results["strong"].verdict.outcome == "FAIL"
@@ -97,6 +83,18 @@ def test_what_both_models_take_is_measured(results):
     assert side.disk_bytes["transformer"] >= side.weight_bytes["transformer"] > 100_000
     assert side.step_ms.count == 4 * 3
     assert side.peak_memory_bytes is not None
+
+
+@pytest.mark.parametrize("name", ["glm_image", "ovis_image"])
+def test_other_families_of_images_are_compared_without_anything_of_their_own(tiny_model, tmp_path, name):
+    source = tiny_model(name)
+    asked = Sampling(height=64, width=64, num_inference_steps=2)
+    candidate = perturb(source, tmp_path / "candidate", 0.2)
+    request = Request(source, candidate, PROMPTS[:1], (0,), sampling=(asked,), device="cpu")
+    result = compare(request, tmp_path / "result")
+    assert max(result.noise_floor.curves["latent_rel_l2"]) == 0
+    assert all(value > 0 for value in result.items[0].curves["latent_rel_l2"])
+    assert len(result.timesteps) == 2
 
 
 @pytest.fixture
@@ -167,7 +165,7 @@ def test_the_recipes_thresholds_decide_the_exit_code_with_gate_alone(
     assert ended == code
     assert ("PASS" in out) == (bound == 0.9)
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["prompts"] == list(PROMPTS)
+    assert [prompt["text"] for prompt in result["prompts"]] == list(PROMPTS)
     assert (result["seeds"], len(result["timesteps"])) == ([5], 2)
 
 
@@ -178,7 +176,8 @@ def test_flags_win_over_the_recipe(quantkit, recipe, slight, tmp_path):
     )  # fmt: skip
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert code == 0
-    assert (result["prompts"], result["seeds"], len(result["timesteps"])) == (["a circle"], [8], 3)
+    assert result["prompts"] == [{"text": "a circle", "image": None}]
+    assert (result["seeds"], len(result["timesteps"])) == ([8], 3)
 
 
 def test_an_undecided_comparison_exits_with_3(quantkit, reference, slight, tmp_path, monkeypatch):
@@ -202,6 +201,9 @@ def test_an_undecided_comparison_exits_with_3(quantkit, reference, slight, tmp_p
         (["--seeds", "1,x"], "--seeds: '1,x' is no list"),
         (["--task", "t2x"], "--task: 't2x' is unknown"),
         (["--prompts", "missing.txt"], "give one of the two"),
+        (["--image", "missing.png"], "prompts: 0: has an image, which t2i takes none of"),
+        (["--task", "chat"], "task chat: the family flux does t2i"),
+        (["--max-new-tokens", "9"], "flux takes no max_new_tokens"),
         (["--device", "toaster"], "device: 'toaster'"),
         (["--backend", "nonsense"], "backend: 'nonsense' is unknown"),
         (["--candidate", "nowhere"], "nowhere: no such folder"),

@@ -27,12 +27,20 @@ class Denoiser(torch.nn.Module):
         return velocity * float("nan") if step == self.bad_from_step else velocity
 
 
+class Scheduler:
+    """Goes the whole of the predicted step."""
+
+    def step(self, model_output, _timestep, sample):
+        return sample + model_output
+
+
 class Pipeline:
     """Just as much of a diffusers text-to-image pipeline as a comparison touches."""
 
     def __init__(self, error=0.0, bad_from_step=None, bad_image=False, noise_offset=0.0):
         self.transformer = Denoiser(error, bad_from_step)
-        self.components = {"transformer": self.transformer, "scheduler": object()}
+        self.scheduler = Scheduler()
+        self.components = {"transformer": self.transformer, "scheduler": self.scheduler}
         self.bad_image = bad_image
         self.noise_offset = noise_offset
         self.num_timesteps = 0
@@ -51,9 +59,10 @@ class Pipeline:
         latents = torch.randn((3, height, width), generator=generator) + self.noise_offset
         self.num_timesteps = num_inference_steps
         for step in range(num_inference_steps):
-            latents = latents + self.transformer(
+            velocity = self.transformer(
                 hidden_states=latents, target=target, remaining=num_inference_steps - step, step=step
             )
+            latents = self.scheduler.step(velocity, 1000.0 - step, latents)
             callback_on_step_end(self, step, torch.tensor(1000.0 - step), {"latents": latents})
         image = (latents / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
         return SimpleNamespace(images=[image * float("nan") if self.bad_image else image])

@@ -7,14 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from quantkit.compare.kinds import KINDS
 from quantkit.compare.lpips import BACKBONE_FILE, Lpips, why_no_lpips
-from quantkit.compare.metrics import (
-    METRICS,
-    PSNR_CAP_DB,
+from quantkit.compare.metrics import METRICS, PSNR_CAP_DB
+from quantkit.compare.pictures import (
     cosine,
+    cosine_distance,
     flip_map,
-    image_metrics,
     mae,
+    picture_functions,
     psnr,
     relative_l2,
     rmse,
@@ -33,7 +34,7 @@ def image():
 
 
 def test_equal_images_have_the_best_value_of_every_metric(image):
-    functions, _ = image_metrics(None)
+    functions, _ = picture_functions(None)
     best = {"psnr": PSNR_CAP_DB, "ssim": 1.0, "image_cosine": 1.0}
     assert not flip_map(image, image.copy()).any()
     for name, function in functions.items():
@@ -44,7 +45,7 @@ def test_more_noise_is_worse_in_the_direction_that_each_metric_states(image):
     generator = np.random.default_rng(1)
     noise = generator.normal(size=image.shape)
     slight, strong = (np.clip(image + scale * noise, 0, 255).astype(np.uint8) for scale in (4, 40))
-    functions, _ = image_metrics(None)
+    functions, _ = picture_functions(None)
     functions["flip"] = lambda one, two: flip_map(one, two).mean()
     assert functions.keys() >= {"psnr", "ssim", "mae", "rmse", "image_cosine", "image_rel_l2"}
     for name, function in functions.items():
@@ -83,7 +84,7 @@ def test_cosine_and_relative_l2_agree_with_their_definitions(reference, candidat
 
 def test_cosine_keeps_angles_that_a_dot_product_rounds_away():
     reference = np.array([1.0, 0.0])
-    assert 1 - cosine(reference, np.array([1.0, 1e-7])) == pytest.approx(5e-15, rel=0.1)
+    assert cosine_distance(reference, np.array([1.0, 1e-9])) == pytest.approx(5e-19)
 
 
 def test_a_black_reference_has_a_finite_relative_difference():
@@ -108,18 +109,20 @@ def test_small_images_name_the_metrics_they_cannot_have():
 
 
 def test_missing_libraries_are_named_with_their_extra(monkeypatch):
-    monkeypatch.setattr("quantkit.compare.metrics.find_spec", lambda _name: None)
+    monkeypatch.setattr("quantkit.compare.pictures.find_spec", lambda _name: None)
     with pytest.raises(MissingExtraError, match=r"scikit-image is not installed: pip install 'quantkit\[eval\]'"):
-        image_metrics(None)
+        picture_functions(None)
     monkeypatch.setattr(
-        "quantkit.compare.metrics.find_spec", lambda name: None if name == "flip_evaluator" else "there"
+        "quantkit.compare.pictures.find_spec", lambda name: None if name == "flip_evaluator" else "there"
     )
-    _, unavailable = image_metrics(None)
+    _, unavailable = picture_functions(None)
     assert "quantkit[eval]" in unavailable["flip"]
 
 
 def test_the_built_in_thresholds_name_metrics_that_exist():
-    assert DEFAULT_THRESHOLDS.keys() <= METRICS.keys()
+    assert DEFAULT_THRESHOLDS.keys() == KINDS.keys()
+    for task, thresholds in DEFAULT_THRESHOLDS.items():
+        assert thresholds.keys() <= set(KINDS[task].metrics()), task
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +136,7 @@ def alexnet():
 class TestLpips:
     def test_without_weights_it_is_unavailable_with_the_way_to_get_them(self, tmp_path, monkeypatch):
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-        functions, unavailable = image_metrics(None)
+        functions, unavailable = picture_functions(None)
         assert "lpips" not in functions
         assert BACKBONE_FILE in unavailable["lpips"]
         assert "--lpips-backbone" in unavailable["lpips"]

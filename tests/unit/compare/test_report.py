@@ -1,3 +1,6 @@
+import base64
+import dataclasses
+import io
 import re
 from html.parser import HTMLParser
 
@@ -5,15 +8,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quantkit.compare.charts import Mark, interval_chart, steps_chart, swarm_chart
+from quantkit.compare.charts import Mark, curve_chart, interval_chart, swarm_chart
 from quantkit.compare.difference import FULL_SCALE, difference_map, paint
-from quantkit.compare.embed import embed
+from quantkit.compare.embed import embed, embed_frames
+from quantkit.compare.gallery import PLAYED_FRAMES
+from quantkit.compare.metrics import CURVES
 from quantkit.compare.numbers import milliseconds, seconds, short, size, times
 from quantkit.compare.report import render
-from quantkit.compare.run import Request, compare
+from quantkit.compare.request import Request
+from quantkit.compare.run import compare
 from quantkit.compare.summary import spread, worst_first
 from quantkit.errors import CheckpointError
 from quantkit.recipe.schema import Sampling, Threshold
+
+STEPS = CURVES["latent_rel_l2"]
 
 
 class Page(HTMLParser):
@@ -101,10 +109,10 @@ def test_the_worst_prompt_is_seen_first(compared):
 
 def test_images_beyond_the_budget_are_left_out_best_first_and_counted(compared):
     result, folder = compared()
-    text = render(result, folder, image_budget_bytes=0)
+    text = render(result, folder, budget_bytes=0)
     assert len(Page(text).images) == 6  # the worst prompt with both seeds is always there
     assert "2 prompts that came out better are left out" in text
-    worst = worst_first(result.items)[0][0].prompt
+    worst = worst_first(result.items, "flip")[0][0].prompt
     assert re.findall(r'<span class="index">(\d)</span>', text) == [str(worst)]
 
 
@@ -118,12 +126,12 @@ def test_a_candidate_that_cannot_be_scored_still_gets_a_report(compared):
 
 def test_equal_models_get_a_sentence_in_place_of_empty_curves(compared):
     _, folder = compared(error=0.0)
-    assert (folder / "report.html").read_text().count("Exactly 0 at every step of every image") == 2
+    assert (folder / "report.html").read_text().count("Exactly 0 at every denoising step") == 2
 
 
 def test_a_missing_image_is_one_clear_error(compared):
     result, folder = compared()
-    (folder / result.items[0].candidate_image).unlink()
+    (folder / result.items[0].output.candidate).unlink()
     with pytest.raises(CheckpointError, match=r"candidate\.png: cannot be read as an image"):
         render(result, folder)
 
@@ -140,23 +148,42 @@ def test_small_images_are_embedded_as_they_are_and_large_ones_as_thumbnails(tmp_
     assert len(large.uri) < 300_000  # noise is the worst that an image can be
 
 
+def decoded(uri):
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+def test_small_frames_lose_nothing_in_their_sheet_and_large_ones_are_scaled_to_a_bound():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+    small = embed_frames(frames)
+    assert small.pixelated
+    assert np.array_equal(np.asarray(decoded(small.uri)), frames.reshape(120, 60, 3))
+    large = embed_frames(np.repeat(frames, 16, axis=1).repeat(16, axis=2))
+    assert not large.pixelated
+    assert decoded(large.uri).size == (320, 3 * 213)
+
+
+def test_the_longest_sheet_stays_within_what_webp_can_hold():
+    tall = embed_frames(np.zeros((PLAYED_FRAMES, 640, 16, 3), np.uint8))
+    assert decoded(tall.uri).size == (8, PLAYED_FRAMES * 320)
+
+
 def test_the_difference_picture_is_dark_where_nothing_differs_and_light_where_much_does():
     image = np.zeros((32, 32, 3), np.uint8)
     other = image.copy()
     other[8:24, 8:24] = 255
-    painted = paint(difference_map(image, other)).astype(int).sum(axis=2)
+    painted = paint(difference_map(image, other), "FLIP").astype(int).sum(axis=2)
     assert painted[0, 0] < 20
     assert painted[16, 16] > 600
 
 
 def test_colours_get_lighter_all_the_way_up():
-    luminance = paint(np.linspace(0, FULL_SCALE, 64)[None])[0] @ np.array([0.2126, 0.7152, 0.0722])
+    luminance = paint(np.linspace(0, FULL_SCALE["FLIP"], 64)[None], "FLIP")[0] @ np.array([0.2126, 0.7152, 0.0722])
     assert np.all(np.diff(luminance) > 0)
 
 
 @pytest.mark.parametrize("values", [[1e-9, 3e-4, 0.7], [0.02, 0.021, 0.0211], [5.0], [0.0, 0.0, 0.1], [2, 2]])
 def test_a_curve_stays_within_its_frame(values):
-    chart = steps_chart("t", spread([values]), [Mark(values, "l")])
+    chart = curve_chart(STEPS, spread([values]), [Mark(values, "l")])
     width, height = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', chart).groups())
     points = [tuple(map(float, point)) for point in re.findall(r"(?<=[ML])(-?[\d.]+),(-?[\d.]+)", chart)]
     assert points
@@ -164,8 +191,24 @@ def test_a_curve_stays_within_its_frame(values):
     assert 2 <= chart.count('class="tick end"') <= 8
 
 
+def test_a_linear_curve_has_equal_ticks_and_starts_at_its_first_number():
+    curve = dataclasses.replace(CURVES["frame_psnr"], first=2)
+    chart = curve_chart(curve, spread([[30.0, 20.0, 40.0]]), [Mark([30.0, 20.0, 40.0], "l")])
+    ticks = [float(text) for text in re.findall(r'class="tick end"[^>]*>([\d.-]+)<', chart)]
+    assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
+    assert re.findall(r'class="tick middle"[^>]*>(\d+)<', chart) == ["2", "3", "4"]
+    assert "frame 3: median 20, 10 to 90 %: 20 to 20, worst 20, of 1" in chart
+
+
+def test_answers_of_different_lengths_are_described_where_they_reach():
+    found = spread([[1.0, 2.0, 3.0], [3.0]])
+    assert found.median == (2, 2, 3)
+    assert found.count == (2, 1, 1)
+    assert spread([]) is None
+
+
 def test_a_larger_value_is_drawn_higher():
-    chart = steps_chart("t", spread([[0.001, 0.01, 0.1]]), [Mark([0.001, 0.01, 0.1], "l")])
+    chart = curve_chart(STEPS, spread([[0.001, 0.01, 0.1]]), [Mark([0.001, 0.01, 0.1], "l")])
     heights = [float(y) for y in re.findall(r"[\d.]+,([\d.]+)", re.search(r'class="median" d="([^"]+)"', chart)[1])]
     assert heights == sorted(heights, reverse=True)
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)  # equal factors, equal rises
@@ -173,13 +216,13 @@ def test_a_larger_value_is_drawn_higher():
 
 def test_the_noise_floor_is_drawn_where_there_is_one():
     lines = [Mark([0.1, 0.2], "l")]
-    assert "floor" in steps_chart("t", spread([[0.1, 0.2]]), lines, (0.01, 0.02))
-    assert "floor" not in steps_chart("t", spread([[0.1, 0.2]]), lines, (0.0, 0.0))
+    assert "floor" in curve_chart(STEPS, spread([[0.1, 0.2]]), lines, (0.01, 0.02))
+    assert "floor" not in curve_chart(STEPS, spread([[0.1, 0.2]]), lines, (0.0, 0.0))
 
 
 def test_many_images_do_not_make_the_page_large():
     rows = np.random.default_rng(0).uniform(0.01, 1, (5000, 50)).tolist()
-    chart = steps_chart("t", spread(rows), [Mark(row, "prompt") for row in rows])
+    chart = curve_chart(STEPS, spread(rows), [Mark(row, "prompt") for row in rows])
     assert len(chart) < 400_000
 
 

@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from quantkit.compare.report import render
+from quantkit.compare.request import Request
 from quantkit.compare.result import read_result
-from quantkit.compare.run import Request, compare
+from quantkit.compare.run import compare
 from quantkit.errors import CheckpointError, OutputError, QuantkitError, RecipeError, UnsupportedModelError
 from quantkit.recipe.schema import Sampling, Threshold
 
@@ -29,18 +30,18 @@ def run(tmp_path):
 def test_a_model_compared_with_itself_is_exactly_equal(model, run):
     result = run(model("a"), model("b"))
     assert result.verdict.outcome == "PASS"
-    assert {value for item in result.items for value in item.latent_rel_l2} == {0.0}
-    assert {value for item in result.items for value in item.latent_cosine} == {1.0}
+    assert {value for item in result.items for curve in item.curves.values() for value in curve} == {0.0}
     assert result.metrics["psnr"].value == 100
     assert result.metrics["ssim"].value == 1
-    assert result.noise_floor.latent_rel_l2 == (0,) * 6
+    assert result.noise_floor.curves["latent_rel_l2"] == (0,) * 6
+    assert result.noise_floor.metrics["psnr"] == 100
 
 
 def test_a_larger_error_diverges_more_at_every_step(model, run):
     reference = model("a")
     slight = run(reference, model("b", error=0.05), "slight")
     strong = run(reference, model("c", error=0.2), "strong")
-    assert np.all(np.array(strong.latent_rel_l2.median) > np.array(slight.latent_rel_l2.median))
+    assert np.all(np.array(strong.curves["latent_rel_l2"].median) > np.array(slight.curves["latent_rel_l2"].median))
     for name, better in {"psnr": 1, "ssim": 1, "flip": -1, "mae": -1, "latent_cosine": 1}.items():
         assert better * slight.metrics[name].value > better * strong.metrics[name].value, name
 
@@ -61,7 +62,7 @@ def test_divergence_is_measured_against_an_independent_calculation(model, run, p
         latents.append(np.array(steps, np.float64).reshape(6, -1))
     reference, candidate = latents
     expected = np.linalg.norm(candidate - reference, axis=1) / np.linalg.norm(reference, axis=1)
-    assert result.items[0].latent_rel_l2 == pytest.approx(expected, rel=1e-6)
+    assert result.items[0].curves["latent_rel_l2"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_thresholds_decide_the_verdict(model, run):
@@ -85,7 +86,7 @@ def test_the_output_holds_the_report_the_result_and_all_images(model, run, tmp_p
     output = tmp_path / "out"
     assert {path.name for path in output.iterdir()} == {"images", "report.html", "result.json"}
     for item in result.items:
-        for name in (item.reference_image, item.candidate_image, item.difference_image):
+        for name in (item.output.reference, item.output.candidate, item.output.difference):
             with Image.open(output / name) as image:
                 assert image.size == (32, 32)
     assert len(list((output / "images").iterdir())) == 3 * len(result.items)
@@ -105,7 +106,7 @@ def test_latents_that_are_not_finite_fail_and_are_never_scored(model, run):
     assert result.verdict.outcome == "FAIL"
     assert "latents are not finite from step 4 of 6" in result.verdict.reason
     assert result.metrics.keys() <= {"weight_memory_ratio", "peak_memory_ratio"}
-    assert all(len(item.latent_rel_l2) == 3 and item.metrics == {} for item in result.items)
+    assert all(len(item.curves["latent_rel_l2"]) == 3 and item.metrics == {} for item in result.items)
 
 
 def test_an_image_that_is_not_finite_fails_as_well(model, run):
@@ -140,7 +141,7 @@ def test_weights_and_time_of_both_models_are_measured(model, run):
 def test_one_step_per_image_leaves_the_time_per_step_unavailable(model, run):
     result = run(model("a"), model("b"), sampling=(SMALL, Sampling(num_inference_steps=1)))
     assert result.reference.step_ms is None
-    assert "two steps" in result.unavailable["step_time_ratio"]
+    assert "two denoising steps" in result.unavailable["step_time_ratio"]
 
 
 def test_later_sampling_layers_win_and_the_family_fills_in_the_rest(model, run):

@@ -1,0 +1,144 @@
+"""What a comparison is asked for, and the checks that need no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantkit.compare.shots import Shot
+from quantkit.errors import MissingExtraError, RecipeError
+from quantkit.recipe.prompts import Prompt
+from quantkit.recipe.schema import Sampling, Task, Threshold
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compare, and how.
+
+    Attributes:
+        reference: Folder of the model that is right by definition.
+        candidate: Folder of the model that is judged.
+        prompts: Each used with every seed; a text alone is a prompt without a picture.
+        seeds: Seeds of the initial noise.
+        reference_label: What people call the reference; empty takes the folder's name.
+        candidate_label: Likewise.
+        task: What the models are asked to do.
+        sampling: Layers of sampling keys over the family's defaults, the later the stronger.
+        thresholds: Bounds per metric; empty takes the task's `DEFAULT_THRESHOLDS`.
+        thresholds_source: Where the thresholds come from, for messages and the report.
+        device: ``cpu``, ``cuda``, ``xpu`` ...; ``auto`` is the accelerator if there is one, else the CPU.
+        dtype: One of `DTYPES`.
+        backend: Kernel backend of packed layers.
+        lpips_backbone: AlexNet weights for LPIPS; None looks in torch hub's cache.
+        noise_floor: Whether the reference runs its first shot twice, which shows what differs without quantization.
+        recipe: Path of the recipe that the values come from.
+        recipe_sha256: Of that file.
+        command: The command line, for the report.
+    """
+
+    reference: Path
+    candidate: Path
+    prompts: tuple[Prompt | str, ...]
+    seeds: tuple[int, ...]
+    reference_label: str = ""
+    candidate_label: str = ""
+    task: Task = "t2i"
+    sampling: tuple[Sampling, ...] = ()
+    thresholds: Mapping[str, Threshold] | None = None
+    thresholds_source: str = ""
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    backend: str = "auto"
+    lpips_backbone: Path | None = None
+    noise_floor: bool = True
+    recipe: str | None = None
+    recipe_sha256: str | None = None
+    command: tuple[str, ...] = ()
+
+    def shots(self) -> list[Shot]:
+        """Return every prompt with every seed, prompts outermost.
+
+        Raises:
+            RecipeError: If there is no prompt or seed, a text is empty, a seed comes twice, or a picture is missing
+                or superfluous.
+        """
+        prompts = [Prompt(text=prompt) if isinstance(prompt, str) else prompt for prompt in self.prompts]
+        if not prompts or not all(prompt.text.strip() for prompt in prompts):
+            raise RecipeError(
+                "prompts: give at least one, none of them empty (--prompt, --prompts or compare.prompts)"
+            )
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise RecipeError("seeds: give at least one, each of them once")
+        for index, prompt in enumerate(prompts):
+            if self.task == "i2v" and prompt.image is None:
+                raise RecipeError(
+                    f"prompts: {index}: has no image, which i2v starts from; give --prompts FILE.jsonl with "
+                    "'caption' and 'image' on every line"
+                )
+            if self.task in ("t2i", "t2v") and prompt.image is not None:
+                raise RecipeError(f"prompts: {index}: has an image, which {self.task} takes none of")
+            if prompt.image is not None and not Path(prompt.image).is_file():
+                raise RecipeError(f"{prompt.image}: no such image (prompt {index})")
+        # Greedy answers are the same with every seed.
+        seeds = self.seeds[:1] if self.task == "chat" else self.seeds
+        return [Shot(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of this name; ``auto`` is the accelerator if there is one, else the CPU.
+
+    Raises:
+        RecipeError: If it is unknown or not available here.
+        MissingExtraError: If torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingExtraError("torch", "eval") from error
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"device: '{name}' is unknown to torch; use auto, cpu, cuda or xpu") from error
+    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
+        here = "cpu only" if accelerator is None else f"cpu and {accelerator.type}"
+        raise RecipeError(f"device: '{name}' is not available here ({here})")
+    return device
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """Return the dtype of one of the names in `DTYPES`.
+
+    Raises:
+        RecipeError: If it is none of them.
+    """
+    import torch
+
+    if name not in DTYPES:
+        raise RecipeError(f"dtype: '{name}' is unknown; use one of {', '.join(DTYPES)}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def check_backend(name: str) -> None:
+    """Refuse a kernel backend that does not exist.
+
+    Raises:
+        RecipeError: With the known ones.
+    """
+    # The loader looks at the name only when it meets a packed layer; a misspelt one must not pass without.
+    from quantkit_runtime.kernels import backends
+
+    known = ["auto", *(backend.name for backend in backends("linear"))]
+    if name not in known:
+        raise RecipeError(f"backend: '{name}' is unknown; use one of {', '.join(known)}")

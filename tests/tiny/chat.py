@@ -1,0 +1,80 @@
+"""A causal language model of text alone, for what all chat families share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from quantkit.families.chat import ChatFamily
+from quantkit.recipe.schema import Sampling
+from tiny.tokenizers import WORDS, chat_tokenizer
+
+FAMILY = ChatFamily(name="tiny-chat", task="chat", sampling=Sampling(max_new_tokens=64))
+
+_TEMPLATE = (
+    "{% for message in messages %}<|user|>{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def build_chat(folder: Path, *, seed: int = 0, template: bool = True) -> Path:
+    """Save a random Llama of two layers, 128 wide, that writes varied text; return its folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    tokenizer = chat_tokenizer(["<|user|>", "<|assistant|>"], **({"chat_template": _TEMPLATE} if template else {}))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    with torch.no_grad():
+        # It neither pads nor names roles, and ends sometimes: words and digits are what it writes.
+        model.lm_head.weight[: len(tokenizer) - len(WORDS) - 10] *= 0.1
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def round_chat(source: Path, target: Path, *, bits: int = 4, group_size: int = 64) -> Path:
+    """Copy a model with the Linears of its layers rounded to nearest and packed; return its folder."""
+    from safetensors.torch import load_file, save_file
+
+    from quantkit_runtime.format import Scheme, pack, quantize_rtn
+
+    shutil.copytree(source, target)
+    scheme = Scheme(bits=bits, group_size=group_size, sym=True)
+    tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        layer = name.removesuffix(".weight")
+        if name.startswith("model.layers.") and tensor.ndim == 2:
+            packed = pack(*quantize_rtn(tensor, scheme), scheme)
+            tensors |= {f"{layer}.{key}": value for key, value in packed.items()}
+        else:
+            tensors[name] = tensor
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "auto-round",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": True,
+        "data_type": "int",
+        "packing_format": "auto_round:auto_gptq",
+        "block_name_to_quantize": "model.layers",
+    }
+    (target / "config.json").write_text(json.dumps(config))
+    return target
