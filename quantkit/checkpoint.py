@@ -34,6 +34,8 @@ class TensorInfo:
     """As safetensors spells it, e.g. ``BF16``."""
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
+    """Of its first byte in the file."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 and all(type(length) is int and length >= 0 for length in shape)
                 and stop - start == math.prod(shape) * DTYPE_BYTES[dtype]
             ):
-                tensors[name] = TensorInfo(name, path, dtype, tuple(shape), stop - start)
+                tensors[name] = TensorInfo(name, path, dtype, tuple(shape), stop - start, 8 + length + start)
                 spans.append((start, stop))
             case _:
                 raise CheckpointError(f"{path}: {name}: dtype, shape and size do not agree; copy the file again")
