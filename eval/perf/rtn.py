@@ -24,13 +24,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Runs a command line of quantkit and leaves the largest resident set it ever had, mapped files and all.
+# Runs a command line of quantkit and notes the largest resident set it ever had, mapped files and all.
 MEASURED = """
-import atexit, pathlib, sys
+import atexit, json, pathlib, sys, time
 from quantkit.cli.main import main
-status = lambda: dict(line.split(":", 1) for line in open("/proc/self/status"))
 target = pathlib.Path(sys.argv.pop(1))
-atexit.register(lambda: target.write_text(status()["VmHWM"].split()[0]))
+@atexit.register
+def note():
+    status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+    noted = {"peak_rss_kib": int(status["VmHWM"].split()[0]), "cpu_s": round(time.process_time(), 2)}
+    target.write_text(json.dumps(noted))
 main()
 """
 PIECE_BYTES = 64 * 2**20
@@ -67,13 +70,11 @@ def measure(folder: Path, gigabytes: float, shard_gigabytes: float, heads: int) 
         subprocess.run(["cp", "-r", source, copy], check=True)
         synchronize(copy)
     shutil.rmtree(copy)
-    peaks = {"dry_run": quantkit(folder, "quantize", *recipe, "--set", "scheme.iters=0", "--dry-run")}
+    runs = {"dry_run": quantkit(folder, "quantize", *recipe, "--set", "scheme.iters=0", "--dry-run")}
     with timed(seconds, "quantize", source):
-        peaks["quantize"] = quantkit(
-            folder, "quantize", *recipe, "--set", "scheme.iters=0", "--output", str(output)
-        )
+        runs["quantize"] = quantkit(folder, "quantize", *recipe, "--set", "scheme.iters=0", "--output", str(output))
     with timed(seconds, "verify", source):
-        peaks["verify"] = quantkit(folder, "verify", str(output), "--source", str(source))
+        runs["verify"] = quantkit(folder, "verify", str(output), "--source", str(source))
     with timed(seconds, "write", output):  # of what the quantization has to write: the rest is linked
         subprocess.run(["cp", "-r", output / "transformer", copy], check=True)
         synchronize(copy)
@@ -89,7 +90,7 @@ def measure(folder: Path, gigabytes: float, shard_gigabytes: float, heads: int) 
         },
         "written": {"bytes": size(copy)},
         "seconds": seconds,
-        "peak_rss_kib": peaks,
+        "runs": runs,
     }
 
 
@@ -169,11 +170,11 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], piece: memoryvie
             end -= file.write(piece[: min(end, PIECE_BYTES)])
 
 
-def quantkit(folder: Path, *arguments: str) -> int:
-    """Run the command line; return the most memory it ever held, in KiB."""
-    peak = folder / "peak"
-    subprocess.run([sys.executable, "-c", MEASURED, peak, *arguments], check=True, stdout=sys.stderr)
-    return int(peak.read_text())
+def quantkit(folder: Path, *arguments: str) -> dict[str, float]:
+    """Run the command line; return the most memory it ever held and the processor time of all its threads."""
+    noted = folder / "noted"
+    subprocess.run([sys.executable, "-c", MEASURED, noted, *arguments], check=True, stdout=sys.stderr)
+    return json.loads(noted.read_text())
 
 
 @contextmanager
@@ -206,20 +207,21 @@ def size(path: Path) -> int:
 
 def print_table(result: dict) -> None:
     """Print what was measured."""
-    seconds, peaks = result["seconds"], result["peak_rss_kib"]
+    seconds, runs = result["seconds"], result["runs"]
     read, written = result["source"]["bytes"], result["written"]["bytes"]
     same = seconds["read"] + seconds["write"]
     print(f"source {read / 1e9:.2f} GB in {result['source']['files']} files, written {written / 1e9:.2f} GB")
-    print(f"{'':34}{'s':>8}{'MB/s':>8}{'peak GB':>9}")
-    for label, time_s, nbytes, peak in (
+    print(f"{'':34}{'s':>8}{'MB/s':>8}{'CPU s':>8}{'peak GB':>9}")
+    for label, time_s, nbytes, run in (
         ("copy the source (cp, fsync)", seconds["copy"], 2 * read, None),
         ("read it, write as much as below", same, read + written, None),
-        ("quantkit quantize", seconds["quantize"], read + written, peaks["quantize"]),
-        ("quantkit verify --source", seconds["verify"], read + written, peaks["verify"]),
-        ("quantkit quantize --dry-run", None, None, peaks["dry_run"]),
+        ("quantkit quantize", seconds["quantize"], read + written, runs["quantize"]),
+        ("quantkit verify --source", seconds["verify"], read + written, runs["verify"]),
+        ("quantkit quantize --dry-run", None, None, runs["dry_run"]),
     ):
         rate = f"{time_s:8.1f}{nbytes / 1e6 / time_s:8.0f}" if time_s else " " * 16
-        print(f"{label:34}{rate}{f'{peak * 1024 / 1e9:9.2f}' if peak else ''}")
+        noted = f"{run['cpu_s']:8.1f}{run['peak_rss_kib'] * 1024 / 1e9:9.2f}" if run else ""
+        print(f"{label:34}{rate}{noted}")
     print(f"quantize takes {seconds['quantize'] / seconds['copy']:.2f} times the copy of the source,")
     print(f"{seconds['quantize'] / same:.2f} times reading and writing the same bytes")
 

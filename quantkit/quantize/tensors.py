@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# About what a core's own cache holds as float32; larger blocks are slower, smaller ones are all overhead.
-_BLOCK_ELEMENTS = 1 << 18
+# As float32 about what a core's own cache holds; smaller blocks are all overhead.
+_BLOCK_ELEMENTS = 1 << 19
 # A row block starts at a multiple of this, where codes of every width fill whole words.
 _ROW_STEP = 32
 # Each thread holds the packed tensors of one layer; more threads than this wait for the disk anyway.

@@ -20,6 +20,8 @@ _MAX_CODE_STEPS = 1.05
 # A tuned layer may be farther from its source than round-to-nearest (it fits outputs, not weights), a scrambled
 # one is many times farther.
 _MAX_ERROR_RATIO = 2.0
+# With room for the rounding of float32.
+_HALF_STEP = 0.5001
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,19 @@ def _measure(tensors: dict[str, Tensor], scheme: Scheme, source: TensorInfo) -> 
     """Return the relative error, that of rounding to nearest, and the most codes that a weight is away."""
     import torch
 
-    from quantkit_runtime.format import pack, quantize_rtn, unpack
+    from quantkit_runtime.format import pack, quantize_rtn, rtn_grid, unpack
 
     norm = squares = rtn_squares = most_steps = 0.0
     for rows, weight in read_rows(source):
-        stored = unpack(tensors, scheme, rows)
-        square, steps = _compare(weight, *stored, scheme)
-        rounded = unpack(pack(*quantize_rtn(weight, scheme), scheme), scheme)
-        same = all(map(torch.equal, stored, rounded))
-        rtn_squares += square if same else _compare(weight, *rounded, scheme)[0]
+        codes, scales, zeros = unpack(tensors, scheme, rows)
+        square, steps = _compare(weight, codes, scales, zeros, scheme)
+        rtn_scales, rtn_zeros = rtn_grid(weight, scheme)
+        same_grid = torch.equal(scales, rtn_scales) and (rtn_zeros is None or torch.equal(zeros, rtn_zeros))
+        if same_grid and steps <= _HALF_STEP:  # then these are the codes of rounding to nearest
+            rtn_squares += square
+        else:
+            rounded = pack(*quantize_rtn(weight, scheme), scheme)
+            rtn_squares += _compare(weight, *unpack(rounded, scheme), scheme)[0]
         squares += square
         norm += float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
         most_steps = max(most_steps, steps)

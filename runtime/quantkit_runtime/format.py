@@ -52,6 +52,7 @@ __all__ = [
     "pack",
     "packed_tensors",
     "quantize_rtn",
+    "rtn_grid",
     "unpack",
     "unpack_zeros",
 ]
@@ -229,33 +230,51 @@ def quantize_rtn(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor
     Raises:
         CheckpointFormatError: The layer's shape does not fit the scheme.
     """
+    values = _group(weight, scheme)
+    scale, zero = _fit_grid(values, weight.dtype, scheme)
+    step, offset = (tensor.unsqueeze(-1).to(values.dtype) for tensor in (scale, zero))
+    levels = torch.div(values, step).round_().add_(offset).clamp_(0, scheme.max_code)
+    if not scheme.sym:  # a symmetric code is near enough to its zero point to come back as it was
+        restored = levels.sub_(offset).mul_(step).to(weight.dtype)
+        levels = restored.to(values.dtype).div_(step).add_(offset).round_().clamp_(0, scheme.max_code)
+    codes = levels.to(torch.int16).to(torch.uint8)  # six times faster than in one step
+    return codes.view(weight.shape), *_by_group(scale, zero, len(weight), scheme)
+
+
+def rtn_grid(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Return only the scales and zeros of :func:`quantize_rtn`."""
+    scale, zero = _fit_grid(_group(weight, scheme), weight.dtype, scheme)
+    return _by_group(scale, zero, len(weight), scheme)
+
+
+def _group(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Groups of a weight (N, K) as (N * G, length), in the dtype that auto-round's own promotion computes in."""
     out_features, in_features = weight.shape
     packed_tensors(in_features, out_features, scheme)
-    # What auto-round's own promotion computes in: float32 for bfloat16 and float32, float16 for float16.
-    values = weight.reshape(-1, scheme.group_length(in_features)).to(
-        torch.promote_types(weight.dtype, torch.float16)
-    )
-    low = values.amin(-1).clamp_(max=0).to(weight.dtype)
-    high = values.amax(-1).clamp_(min=0).to(weight.dtype)
-    if scheme.sym:
-        magnitude = -low
-        # The code range is [-2**(b-1), 2**(b-1) - 1]: give the longer side of the range the extra code by the
-        # sign of the scale.
-        signed = (2 * (high < magnitude).int() - 1) * torch.maximum(high, magnitude)
-        scale = (signed / scheme.midpoint).to(torch.float16)
-        scale = torch.where(scale < 0, scale.clamp(max=-_SCALE_FLOOR), scale.clamp(min=_SCALE_FLOOR))
-        zero: Tensor | int = scheme.midpoint
-    else:
+    groups = weight.reshape(-1, scheme.group_length(in_features))
+    return groups.to(torch.promote_types(weight.dtype, torch.float16))  # bfloat16 becomes float32
+
+
+def _fit_grid(values: Tensor, dtype: torch.dtype, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scale (float16) and zero point of each group; ``dtype`` is the weight's own."""
+    low = values.amin(-1).clamp_(max=0).to(dtype)
+    high = values.amax(-1).clamp_(min=0).to(dtype)
+    if not scheme.sym:
         scale = ((high - low) / scheme.max_code).to(torch.float16).clamp(min=_SCALE_FLOOR)
-        zero = torch.round(-low / scale).unsqueeze(-1)
-    step = scale.unsqueeze(-1).to(values.dtype)
-    levels = torch.div(values, step).round_().add_(zero).clamp_(0, scheme.max_code)
-    if not scheme.sym:  # a symmetric code is near enough to its zero point to come back as it was
-        restored = levels.sub_(zero).mul_(step).to(weight.dtype)
-        levels = restored.to(values.dtype).div_(step).add_(zero).round_().clamp_(0, scheme.max_code)
-    codes = levels.to(torch.int16).to(torch.uint8)  # six times faster than in one step
-    zeros = zero.view(out_features, -1).t().to(torch.int32).contiguous() if isinstance(zero, Tensor) else None
-    return codes.view(out_features, in_features), scale.view(out_features, -1).t().contiguous(), zeros
+        return scale, torch.round(-low / scale)
+    magnitude = -low
+    # The code range is [-2**(b-1), 2**(b-1) - 1]: give the longer side of the range the extra code by the sign of
+    # the scale.
+    signed = (2 * (high < magnitude).int() - 1) * torch.maximum(high, magnitude)
+    scale = (signed / scheme.midpoint).to(torch.float16)
+    scale = torch.where(scale < 0, scale.clamp(max=-_SCALE_FLOOR), scale.clamp(min=_SCALE_FLOOR))
+    return scale, torch.full_like(scale, scheme.midpoint)
+
+
+def _by_group(scale: Tensor, zero: Tensor, rows: int, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scales and zeros (N * G,) as (G, N), as they are stored; no zeros in a symmetric scheme."""
+    zeros = None if scheme.sym else zero.view(rows, -1).t().to(torch.int32).contiguous()
+    return scale.view(rows, -1).t().contiguous(), zeros
 
 
 def _check_packed(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
