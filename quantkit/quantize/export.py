@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,11 @@ from quantkit.checkpoint import Component, Pipeline, walk_files
 from quantkit.quantize.plan import ComponentPlan, PlannedLayer
 from quantkit.quantize.progress import OnProgress, Progress
 from quantkit.quantize.rtn import Pack
-from quantkit.quantize.tensors import read_tensor, write_tensors
+from quantkit.quantize.tensors import TensorFile, open_threads, read_blocks, torch_dtype
 from quantkit_runtime.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
 _WEIGHT_SUFFIXES = (
     ".safetensors",
@@ -124,6 +125,10 @@ def write_component(
         target: The component's folder in the checkpoint being built.
         max_shard_bytes: A new file is begun when the next tensors would pass this size.
         on_progress: Told after each layer.
+
+    Raises:
+        CheckpointError: If a tensor holds NaN or infinity.
+        OSError: If a file cannot be written.
     """
     target.mkdir(parents=True, exist_ok=True)
     source_stem = _stem(part.component)
@@ -137,16 +142,13 @@ def write_component(
         name = f"{stem}.safetensors"
         if len(shards) > 1:
             name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for entry in entries:
-            if isinstance(entry, PlannedLayer):
-                tensors |= pack(entry)
-                done += 1
-                on_progress(Progress("write", done, len(part.layers), entry.name))
-            else:
-                tensors[entry.name] = read_tensor(entry)
-        weight_map |= dict.fromkeys(tensors, name)
-        write_tensors(tensors, target / name)
+        layout = _layout(entries)
+        weight_map |= dict.fromkeys(layout, name)
+        with TensorFile(target / name, layout) as file, open_threads() as threads:
+            for entry in threads.map(partial(_write_entry, file, pack), entries):
+                if isinstance(entry, PlannedLayer):
+                    done += 1
+                    on_progress(Progress("write", done, len(part.layers), entry.name))
     if len(set(weight_map.values())) > 1:
         total = part.nbytes_after
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -178,6 +180,26 @@ def _assign_shards(
         shards[-1].append(entry)
         size += entry.nbytes
     return shards
+
+
+def _layout(entries: Sequence[PlannedLayer | TensorInfo]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of every tensor that a file is to hold."""
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for entry in entries:
+        if isinstance(entry, PlannedLayer):
+            layout |= entry.tensors
+        else:
+            layout[entry.name] = entry.shape, torch_dtype(entry.dtype)
+    return layout
+
+
+def _write_entry(file: TensorFile, pack: Pack, entry: PlannedLayer | TensorInfo) -> PlannedLayer | TensorInfo:
+    if isinstance(entry, PlannedLayer):
+        for name, tensor in pack(entry).items():
+            file.write(name, [tensor])
+    else:
+        file.write(entry.name, read_blocks(entry))
+    return entry
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,11 @@ def hash_files(folder: Path, on_progress: OnProgress) -> dict[str, dict[str, Any
     """Return bytes and sha256 of every file below a folder but the manifest, by relative path."""
     paths = [path for path in walk_files(folder) if path != folder / MANIFEST]
     hashes = {}
-    for number, path in enumerate(paths, start=1):
-        relative = path.relative_to(folder).as_posix()
-        hashes[relative] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-        on_progress(Progress("hash", number, len(paths), relative))
+    with ThreadPoolExecutor() as threads:
+        for number, (path, sha256) in enumerate(zip(paths, threads.map(hash_file, paths), strict=True), start=1):
+            relative = path.relative_to(folder).as_posix()
+            hashes[relative] = {"bytes": path.stat().st_size, "sha256": sha256}
+            on_progress(Progress("hash", number, len(paths), relative))
     return hashes
 
 

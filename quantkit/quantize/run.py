@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Pipeline, open_pipeline, read_header
-from quantkit.errors import CheckpointError, OutputError, QuantizationError, UnsupportedModelError
+from quantkit.checkpoint import Component, Pipeline, open_pipeline, read_header
+from quantkit.errors import OutputError, QuantizationError, UnsupportedModelError
 from quantkit.families.base import Family
 from quantkit.families.registry import detect, get_family
 from quantkit.inspect.rule import Target
@@ -20,19 +21,20 @@ from quantkit.quantize.manifest import SCHEMA_VERSION, hash_files, library_versi
 from quantkit.quantize.plan import ComponentPlan, Plan, PlannedLayer, make_plan, quantization_config
 from quantkit.quantize.progress import OnProgress, Progress, ignore
 from quantkit.quantize.rtn import Pack, round_to_nearest
-from quantkit.quantize.tensors import read_tensor, read_tensors
+from quantkit.quantize.tensors import open_threads, read_blocks, read_tensor
 from quantkit.quantize.tuning import BlockLoss, Job, Layer, tune
-from quantkit.quantize.verify import LayerError, verify
+from quantkit.quantize.values import LayerError
+from quantkit.quantize.verify import verify
 from quantkit.recipe.load import MANIFEST, LoadedRecipe
 from quantkit.recipe.locate import find_prompts
 from quantkit.recipe.prompts import Prompt, read_prompts
 from quantkit.recipe.schema import parse_size
 from quantkit.staging import stage
+from quantkit_runtime.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 # The manifest, the card and index files, generously.
 _SLACK_BYTES = 16 * 2**20
 
@@ -143,7 +145,10 @@ def quantize(
     if recipe.scheme.tuned:  # what tuning leaves is there twice until the checkpoint is written
         need_bytes += sum(layer.nbytes for part in plan.components for layer in part.layers)
     with stage(output, overwrite=overwrite, need_bytes=need_bytes, marker=plan.pipeline.index_file) as staging:
-        _check_finite(plan.pipeline, on_progress)
+        # Rounding looks at each weight of its components anyway, and costs little if one is bad.
+        rounded = set() if recipe.scheme.tuned else {part.component.name for part in plan.components}
+        components = plan.pipeline.components
+        _check_finite([components[name] for name in components if name not in rounded], on_progress)
         losses: list[BlockLoss] = []
         packs = {part.component.name: round_to_nearest(part.component) for part in plan.components}
         if recipe.scheme.tuned:
@@ -180,15 +185,18 @@ def quantize(
     return Quantized(output, plan, errors, losses, servability, nbytes, time.monotonic() - started)
 
 
-def _check_finite(pipeline: Pipeline, on_progress: OnProgress) -> None:
+def _check_finite(components: Iterable[Component], on_progress: OnProgress) -> None:
     """Refuse weights with NaN or infinity before hours are spent on them."""
-    import torch
+    infos = [info for component in components for info in component.tensors.values()]
+    with open_threads() as threads:
+        for number, info in enumerate(threads.map(_read_through, infos), start=1):
+            on_progress(Progress("check", number, len(infos), info.name))
 
-    infos = [info for part in pipeline.components.values() for info in part.tensors.values()]
-    for number, (info, tensor) in enumerate(read_tensors(infos), start=1):
-        if info.dtype in _FLOATS and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{info.file}: {info.name}: holds NaN or infinity; copy the model again")
-        on_progress(Progress("check", number, len(infos), info.name))
+
+def _read_through(info: TensorInfo) -> TensorInfo:
+    for _ in read_blocks(info):
+        pass
+    return info
 
 
 def _job(prepared: Prepared, device: str, result: Path) -> Job:

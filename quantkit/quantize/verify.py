@@ -14,10 +14,9 @@ What is checked:
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from quantkit.checkpoint import Component, Pipeline, open_pipeline, walk_files
 from quantkit.errors import CheckpointError
@@ -27,35 +26,10 @@ from quantkit.quantize.export import is_replaced, is_weight_file
 from quantkit.quantize.manifest import check_hashes
 from quantkit.quantize.plan import PlannedLayer
 from quantkit.quantize.progress import OnProgress, Progress, ignore
-from quantkit.quantize.tensors import read_tensor
+from quantkit.quantize.tensors import are_equal, open_threads, torch_dtype
+from quantkit.quantize.values import LayerError, check_layer
 from quantkit.recipe.load import MANIFEST
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-# Signed gradient descent moves a rounding by less than one code; fp16 scales and bf16 weights add a little.
-_MAX_CODE_STEPS = 1.05
-# A tuned layer may be farther from its source than round-to-nearest (it fits outputs, not weights), a scrambled
-# one is many times farther.
-_MAX_ERROR_RATIO = 2.0
-_TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "I32": "int32"}
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """How far a packed layer is from its source weight W.
-
-    Attributes:
-        component: E.g. ``transformer``.
-        name: Of the layer.
-        relative_l2: ||dequantized - W|| / ||W||.
-        rtn_relative_l2: The same for round-to-nearest with the same scheme.
-    """
-
-    component: str
-    name: str
-    relative_l2: float
-    rtn_relative_l2: float
+from quantkit_runtime.checkpoint import TensorInfo
 
 
 @dataclass
@@ -110,13 +84,7 @@ def verify(
         _check_plan(result, planned)
         result.checked.append("layers and schemes against the plan")
     original = open_pipeline(source) if source is not None else None
-    total = sum(map(len, result.layers.values()))
-    done = 0
-    for component in quantized:
-        for layer in result.layers[component.name]:
-            _check_values(component, layer, original, result)
-            done += 1
-            on_progress(Progress("verify", done, total, layer.name))
+    _check_values(quantized, original, result, on_progress)
     result.checked.append("scales and zero points")
     if original is not None:
         _check_untouched(pipeline, original, result)
@@ -164,7 +132,7 @@ def _check_structure(component: Component, family: Family, result: Verification)
         for name, (shape, dtype) in packed.items():
             expected[name] = shape
             info = component.tensors.get(name)
-            if info is not None and _TORCH_DTYPES.get(info.dtype) != str(dtype).removeprefix("torch."):
+            if info is not None and torch_dtype(info.dtype) != dtype:
                 result.problems.append(f"{info.file}: {name}: is {info.dtype}, not {dtype}")
                 broken.add(name)
     result.problems += _compare_names(component, expected)
@@ -209,76 +177,32 @@ def _check_plan(result: Verification, planned: dict[str, list[PlannedLayer]]) ->
 
 
 def _check_values(
-    component: Component, layer: PlannedLayer, original: Pipeline | None, result: Verification
+    quantized: Sequence[Component], original: Pipeline | None, result: Verification, on_progress: OnProgress
 ) -> None:
-    import torch
-
-    from quantkit_runtime.format import unpack
-
-    where = f"{component.tensors[f'{layer.name}.qweight'].file}: {layer.name}"
-    tensors = {name.rpartition(".")[2]: read_tensor(component.tensors[name]) for name in layer.tensors}
-    _, scales, zeros = unpack(tensors, layer.scheme)
-    if not torch.isfinite(scales).all() or (scales == 0).any():
-        result.problems.append(f"{where}: scales: hold zero, NaN or infinity")
-        return
-    if layer.scheme.sym and (zeros != layer.scheme.midpoint).any():
-        result.problems.append(f"{where}: qzeros: are not those of a symmetric scheme")
-        return
-    if original is None:
-        return
-    info = original.components[component.name].tensors.get(f"{layer.name}.weight")
-    if info is None or info.shape != (layer.out_features, layer.in_features):
-        result.problems.append(f"{original.folder}: {layer.name}: the source has no such weight of this shape")
-        return
-    weight = read_tensor(info)
-    error = _measure(component.name, layer, weight, tensors)
-    result.errors.append(error)
-    if problem := _too_far(layer, weight, tensors, error):
-        result.problems.append(f"{where}: {problem}")
-
-
-def _measure(component: str, layer: PlannedLayer, weight: Tensor, tensors: dict[str, Tensor]) -> LayerError:
-    import torch
-
-    from quantkit_runtime.format import dequantize, pack, quantize_rtn
-
-    exact = weight.float()
-    norm = max(float(torch.linalg.vector_norm(exact)), 1e-30)
-    rounded = pack(*quantize_rtn(weight, layer.scheme), layer.scheme)
-
-    def distance(packed: dict[str, Tensor]) -> float:
-        difference = dequantize(packed, layer.scheme, torch.float32) - exact
-        return float(torch.linalg.vector_norm(difference)) / norm
-
-    return LayerError(component, layer.name, distance(tensors), distance(rounded))
-
-
-def _too_far(layer: PlannedLayer, weight: Tensor, tensors: dict[str, Tensor], error: LayerError) -> str | None:
-    """Return why a layer cannot be an honest quantization of its source."""
-    import torch
-
-    from quantkit_runtime.format import unpack
-
-    codes, scales, zeros = unpack(tensors, layer.scheme)
-    grouped = weight.float().view(layer.out_features, scales.shape[0], -1)
-    scale = scales.float().t().unsqueeze(-1)
-    zero = zeros.float().t().unsqueeze(-1)
-    ideal = (grouped / scale + zero).clamp_(0, layer.scheme.max_code)
-    steps = (codes.view_as(grouped).float() - ideal).abs_()
-    worst = float(torch.max(steps))
-    if not worst <= _MAX_CODE_STEPS:
-        return f"a weight is {worst:.2f} codes away from its source; at most one is possible"
-    if error.relative_l2 > _MAX_ERROR_RATIO * error.rtn_relative_l2 + 1e-3:
-        return (
-            f"relative error {error.relative_l2:.3f} against {error.rtn_relative_l2:.3f} of rounding to nearest; "
-            "its scales do not belong to this weight"
-        )
-    return None
+    layers: list[tuple[Component, PlannedLayer, TensorInfo | None]] = []
+    for component in quantized:
+        source = original.components.get(component.name) if original is not None else None
+        weights = source.tensors if source is not None else {}
+        for layer in result.layers[component.name]:
+            info = weights.get(f"{layer.name}.weight")
+            if original is not None and (info is None or info.shape != (layer.out_features, layer.in_features)):
+                result.problems.append(
+                    f"{original.folder}: {layer.name}: the source has no such weight of this shape"
+                )
+                info = None
+            layers.append((component, layer, info))
+    with open_threads() as threads:
+        checks = threads.map(check_layer, *zip(*layers, strict=True))
+        for done, ((component, layer, _), (error, problem)) in enumerate(zip(layers, checks, strict=True), start=1):
+            if error is not None:
+                result.errors.append(error)
+            if problem is not None:
+                where = component.tensors[f"{layer.name}.qweight"].file
+                result.problems.append(f"{where}: {layer.name}: {problem}")
+            on_progress(Progress("verify", done, len(layers), layer.name))
 
 
 def _check_untouched(pipeline: Pipeline, original: Pipeline, result: Verification) -> None:
-    import torch
-
     for name in sorted(original.components.keys() - pipeline.components.keys()):
         result.problems.append(f"{pipeline.folder}: lacks the component {name} of the source")
     for name, component in pipeline.components.items():
@@ -290,20 +214,12 @@ def _check_untouched(pipeline: Pipeline, original: Pipeline, result: Verificatio
         if component.quantization is None:
             continue
         packed = {tensor for layer in result.layers[name] for tensor in layer.tensors}
-        for tensor, info in component.tensors.items():
-            if tensor in packed or tensor not in source.tensors:
-                continue
-            before, after = read_tensor(source.tensors[tensor]), read_tensor(info)
-            same = before.dtype == after.dtype and before.shape == after.shape
-            if not same or not torch.equal(_bits(before), _bits(after)):
-                result.problems.append(f"{info.file}: {tensor}: differs from the source and is not quantized")
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Return a tensor's bytes, so that NaN equals itself and -0 differs from 0."""
-    import torch
-
-    return tensor.contiguous().view(-1).view(torch.uint8)
+        names = [tensor for tensor in component.tensors if tensor not in packed and tensor in source.tensors]
+        result.problems += [
+            f"{component.tensors[tensor].file}: {tensor}: differs from the source and is not quantized"
+            for tensor in names
+            if not are_equal(component.tensors[tensor], source.tensors[tensor])
+        ]
 
 
 def _compare_files(component: Component, source: Component) -> Iterator[str]:

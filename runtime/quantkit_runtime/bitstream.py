@@ -19,6 +19,12 @@ def codes_per_run(bits: int) -> int:
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Pack (..., n) integers in [0, 2 ** bits) into (..., n * bits / 32) int32 words."""
+    if _BYTE_BITS % bits == 0:
+        octets = codes.to(torch.uint8).reshape(-1)
+        for width in _doublings(bits):  # two neighbours of some bits each become one of twice as many
+            pairs = octets.view(torch.int16)  # every platform that torch runs on is little-endian
+            octets = (pairs >> (_BYTE_BITS - width)).bitwise_or_(pairs).to(torch.uint8)
+        return octets.view(torch.int32).view(*codes.shape[:-1], codes.shape[-1] * bits // WORD_BITS)
     runs = _split(codes, codes_per_run(bits))
     words = torch.zeros(
         *runs.shape[:-1], runs.shape[-1] * bits // WORD_BITS, dtype=torch.int32, device=codes.device
@@ -34,10 +40,14 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Unpack (..., w) int32 words into (..., w * 32 / bits) uint8 codes."""
-    mask = (1 << bits) - 1
     if _BYTE_BITS % bits == 0:
-        octets = words.contiguous().view(torch.uint8)  # every platform that torch runs on is little-endian
-        return torch.stack([(octets >> shift) & mask for shift in range(0, _BYTE_BITS, bits)], -1).flatten(-2)
+        octets = words.reshape(-1).view(torch.uint8)
+        for width in reversed(_doublings(bits)):
+            pairs = octets.to(torch.int16)
+            halves = (pairs << (_BYTE_BITS - width)).bitwise_or_(pairs)
+            octets = halves.bitwise_and_(((1 << width) - 1) * 0x0101).view(torch.uint8)
+        return octets.view(*words.shape[:-1], words.shape[-1] * WORD_BITS // bits)
+    mask = (1 << bits) - 1
     runs = _split(words, bits).to(torch.int64) & _WORD_MASK
     columns = []
     for position in range(WORD_BITS):
@@ -47,6 +57,11 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
             code = code | (runs[..., word + 1] << (WORD_BITS - offset))
         columns.append((code & mask).to(torch.uint8))
     return torch.stack(columns, -1).flatten(-2)
+
+
+def _doublings(bits: int) -> list[int]:
+    """Widths below a byte's that doubling passes through: 2 gives [2, 4], 4 gives [4], 8 none."""
+    return [width for width in (2, 4) if width >= bits]
 
 
 def reorder(values: Tensor, order: tuple[int, ...]) -> Tensor:

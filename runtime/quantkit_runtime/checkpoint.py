@@ -41,6 +41,8 @@ class TensorInfo:
     """As safetensors spells it, e.g. ``BF16``."""
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
+    """Of its first byte in the file."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 and all(type(length) is int and length >= 0 for length in shape)
                 and stop - start == math.prod(shape) * DTYPE_BYTES[dtype]
             ):
-                tensors[name] = TensorInfo(name, path, dtype, tuple(shape), stop - start)
+                tensors[name] = TensorInfo(name, path, dtype, tuple(shape), stop - start, 8 + length + start)
                 spans.append((start, stop))
             case _:
                 raise CheckpointFormatError(

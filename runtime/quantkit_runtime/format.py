@@ -52,7 +52,9 @@ __all__ = [
     "pack",
     "packed_tensors",
     "quantize_rtn",
+    "rtn_grid",
     "unpack",
+    "unpack_zeros",
 ]
 
 PACKED_SUFFIXES = ("qweight", "qzeros", "scales")
@@ -133,7 +135,8 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) ->
         ("codes", codes, scheme.max_code),
         ("zeros", zeros, scheme.max_code + offset),
     ):
-        if int(values.min()) < 0 or int(values.max()) > limit:
+        low, high = torch.aminmax(values)
+        if int(low) < 0 or int(high) > limit:
             raise CheckpointFormatError(f"{name}: values outside [0, {limit}]")
     zeros = (zeros.to(torch.int32) - offset).clamp_(min=0)
     if _is_awq(scheme):
@@ -145,12 +148,15 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) ->
     return {"qweight": qweight, "qzeros": qzeros, "scales": scales.contiguous()}
 
 
-def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(
+    tensors: Mapping[str, Tensor], scheme: Scheme, rows: slice | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Inverse of :func:`pack`.
 
     Args:
         tensors: ``qweight``, ``qzeros`` and ``scales`` of one layer, on one device.
         scheme: How they are stored.
+        rows: Only these output features, from a multiple of 32 to a multiple of 32 or the end; None means all.
 
     Returns:
         codes (N, K) uint8, scales (G, N) float16, zeros (G, N) int32. A zero point of the gptq packing may be
@@ -161,8 +167,17 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tenso
     """
     _check_packed(tensors, scheme)
     scales = tensors["scales"]
-    codes = _unpack_codes(tensors["qweight"], scheme, slice(0, scales.shape[1]))
-    return codes, scales, _unpack_zeros(tensors["qzeros"], scheme)
+    rows = rows or slice(0, scales.shape[1])
+    zeros = unpack_zeros(tensors["qzeros"][:, _words(rows, scheme)], scheme)
+    return _unpack_codes(tensors["qweight"], scheme, rows), scales[:, rows], zeros
+
+
+def unpack_zeros(qzeros: Tensor, scheme: Scheme) -> Tensor:
+    """Zero points (G, N) int32 of a stored ``qzeros``."""
+    zeros = unpack_words(qzeros, scheme.bits)
+    if _is_awq(scheme):
+        zeros = reorder(zeros, _AWQ_LOGICAL_ORDER)
+    return zeros.to(torch.int32) + _zero_offset(scheme)
 
 
 def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> Tensor:
@@ -184,7 +199,7 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype
     in_features = qweight.shape[0] if _is_awq(scheme) else qweight.shape[0] * WORD_BITS // scheme.bits
     compute_dtype = torch.promote_types(dtype, torch.float32)
     scale = scales.t().to(compute_dtype).unsqueeze(-1)
-    zero = _unpack_zeros(tensors["qzeros"], scheme).t().to(compute_dtype).unsqueeze(-1)
+    zero = unpack_zeros(tensors["qzeros"], scheme).t().to(compute_dtype).unsqueeze(-1)
     weight = torch.empty(out_features, in_features, dtype=dtype, device=qweight.device)
     step = _block_rows(in_features, out_features, qweight.device)
     for start in range(0, out_features, step):
@@ -215,31 +230,51 @@ def quantize_rtn(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor
     Raises:
         CheckpointFormatError: The layer's shape does not fit the scheme.
     """
+    values = _group(weight, scheme)
+    scale, zero = _fit_grid(values, weight.dtype, scheme)
+    step, offset = (tensor.unsqueeze(-1).to(values.dtype) for tensor in (scale, zero))
+    levels = torch.div(values, step).round_().add_(offset).clamp_(0, scheme.max_code)
+    if not scheme.sym:  # a symmetric code is near enough to its zero point to come back as it was
+        restored = levels.sub_(offset).mul_(step).to(weight.dtype)
+        levels = restored.to(values.dtype).div_(step).add_(offset).round_().clamp_(0, scheme.max_code)
+    codes = levels.to(torch.int16).to(torch.uint8)  # six times faster than in one step
+    return codes.view(weight.shape), *_by_group(scale, zero, len(weight), scheme)
+
+
+def rtn_grid(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Return only the scales and zeros of :func:`quantize_rtn`."""
+    scale, zero = _fit_grid(_group(weight, scheme), weight.dtype, scheme)
+    return _by_group(scale, zero, len(weight), scheme)
+
+
+def _group(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Groups of a weight (N, K) as (N * G, length), in the dtype that auto-round's own promotion computes in."""
     out_features, in_features = weight.shape
     packed_tensors(in_features, out_features, scheme)
-    length = scheme.group_length(in_features)
-    grouped = weight.reshape(-1, length)
-    low = grouped.amin(-1).clamp(max=0)
-    high = grouped.amax(-1).clamp(min=0)
-    if scheme.sym:
-        magnitude = -low
-        # The code range is [-2**(b-1), 2**(b-1) - 1]: give the longer side of the range the extra code by the
-        # sign of the scale.
-        signed = (2 * (high < magnitude).int() - 1) * torch.maximum(high, magnitude)
-        scale = (signed / scheme.midpoint).to(torch.float16)
-        scale = torch.where(scale < 0, scale.clamp(max=-_SCALE_FLOOR), scale.clamp(min=_SCALE_FLOOR)).unsqueeze(-1)
-        levels = grouped.div(scale).round_().clamp_(-scheme.midpoint, scheme.midpoint - 1)
-        rounded = levels.mul_(scale).to(weight.dtype)
-        zero: Tensor | int = scheme.midpoint
-    else:
+    groups = weight.reshape(-1, scheme.group_length(in_features))
+    return groups.to(torch.promote_types(weight.dtype, torch.float16))  # bfloat16 becomes float32
+
+
+def _fit_grid(values: Tensor, dtype: torch.dtype, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scale (float16) and zero point of each group; ``dtype`` is the weight's own."""
+    low = values.amin(-1).clamp_(max=0).to(dtype)
+    high = values.amax(-1).clamp_(min=0).to(dtype)
+    if not scheme.sym:
         scale = ((high - low) / scheme.max_code).to(torch.float16).clamp(min=_SCALE_FLOOR)
-        zero = torch.round(-low / scale).unsqueeze(-1)
-        scale = scale.unsqueeze(-1)
-        levels = torch.clamp(torch.round(grouped / scale) + zero, 0, scheme.max_code)
-        rounded = (scale * (levels - zero)).to(weight.dtype)
-    codes = torch.round(rounded / scale + zero).clamp_(0, scheme.max_code).to(torch.uint8)
-    zeros = zero.view(out_features, -1).t().to(torch.int32).contiguous() if isinstance(zero, Tensor) else None
-    return codes.view(out_features, in_features), scale.view(out_features, -1).t().contiguous(), zeros
+        return scale, torch.round(-low / scale)
+    magnitude = -low
+    # The code range is [-2**(b-1), 2**(b-1) - 1]: give the longer side of the range the extra code by the sign of
+    # the scale.
+    signed = (2 * (high < magnitude).int() - 1) * torch.maximum(high, magnitude)
+    scale = (signed / scheme.midpoint).to(torch.float16)
+    scale = torch.where(scale < 0, scale.clamp(max=-_SCALE_FLOOR), scale.clamp(min=_SCALE_FLOOR))
+    return scale, torch.full_like(scale, scheme.midpoint)
+
+
+def _by_group(scale: Tensor, zero: Tensor, rows: int, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scales and zeros (N * G,) as (G, N), as they are stored; no zeros in a symmetric scheme."""
+    zeros = None if scheme.sym else zero.view(rows, -1).t().to(torch.int32).contiguous()
+    return scale.view(rows, -1).t().contiguous(), zeros
 
 
 def _check_packed(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
@@ -289,14 +324,11 @@ def _block_rows(in_features: int, out_features: int, device: torch.device) -> in
 def _unpack_codes(qweight: Tensor, scheme: Scheme, rows: slice) -> Tensor:
     """Codes (rows, K) uint8 of some output features; ``rows`` starts at a multiple of 32."""
     if _is_awq(scheme):
-        words = qweight[:, rows.start * scheme.bits // WORD_BITS : rows.stop * scheme.bits // WORD_BITS]
-        codes = unpack_words(words.contiguous(), scheme.bits)
+        codes = unpack_words(qweight[:, _words(rows, scheme)], scheme.bits)
         return reorder(codes, _AWQ_LOGICAL_ORDER).t().contiguous()
-    return unpack_words(qweight[:, rows].t().contiguous(), scheme.bits)
+    return unpack_words(qweight[:, rows].t(), scheme.bits)
 
 
-def _unpack_zeros(qzeros: Tensor, scheme: Scheme) -> Tensor:
-    zeros = unpack_words(qzeros, scheme.bits)
-    if _is_awq(scheme):
-        zeros = reorder(zeros, _AWQ_LOGICAL_ORDER)
-    return zeros.to(torch.int32) + _zero_offset(scheme)
+def _words(rows: slice, scheme: Scheme) -> slice:
+    """Where the codes of some output features are if they are packed along that axis."""
+    return slice(rows.start * scheme.bits // WORD_BITS, rows.stop * scheme.bits // WORD_BITS)

@@ -116,15 +116,23 @@ def test_truncated_weights(fails, model, component):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights_with_nan_or_infinity(fails, model, value):
+@pytest.mark.parametrize(
+    ("component", "name"),
+    [
+        ("transformer", "proj_out.weight"),
+        ("transformer", "single_transformer_blocks.1.proj_out.weight"),
+        ("vae", "decoder.conv_out.bias"),
+    ],
+)
+def test_weights_with_nan_or_infinity(fails, model, value, component, name):
     from safetensors.torch import load_file, save_file
 
-    path = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    path = model / component / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
-    tensors["proj_out.weight"][1, 1] = value
+    tensors[name].view(-1)[1] = value
     save_file(tensors, path)
     assert fails(RECIPE, model) == (
-        "./model/transformer/diffusion_pytorch_model.safetensors: proj_out.weight: "
+        f"./model/{component}/diffusion_pytorch_model.safetensors: {name}: "
         "holds NaN or infinity; copy the model again"
     )
 

@@ -15,6 +15,7 @@ from quantkit_runtime.format import (
     pack,
     packed_tensors,
     quantize_rtn,
+    rtn_grid,
     unpack,
 )
 
@@ -135,6 +136,84 @@ def test_rtn_stays_within_half_a_step_of_the_weight(bits, sym, dtype):
     slack = (2**bits) * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 2**bits * 2**-10
     # The positive end of a symmetric range has one code less: the largest weight may be cut by up to a step.
     assert (error <= scales.t().float().abs() * ((1.0 if sym else 0.5) + slack)).all()
+
+
+def rtn_step_by_step(weight, scheme):
+    """Return codes, scales and zeros by auto-round's own operations, in its order and its dtypes."""
+    grouped = weight.reshape(-1, scheme.group_length(weight.shape[1]))
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    floor = 1e-5
+    if scheme.sym:
+        signed = torch.where(high < -low, 1, -1) * torch.maximum(high, -low)
+        scale = (signed / scheme.midpoint).to(torch.float16)
+        scale = torch.where(scale < 0, scale.clamp(max=-floor), scale.clamp(min=floor)).unsqueeze(-1)
+        levels = (grouped / scale).round().clamp(-scheme.midpoint, scheme.midpoint - 1)
+        zero = torch.full_like(scale, scheme.midpoint)
+        restored = (levels * scale).to(weight.dtype)
+    else:
+        scale = ((high - low) / scheme.max_code).to(torch.float16).clamp(min=floor).unsqueeze(-1)
+        zero = torch.round(-low.unsqueeze(-1) / scale)
+        levels = ((grouped / scale).round() + zero).clamp(0, scheme.max_code)
+        restored = (scale * (levels - zero)).to(weight.dtype)
+    codes = (restored / scale + zero).round().clamp(0, scheme.max_code).to(torch.uint8)
+    rows = len(weight)
+    return codes.view(weight.shape), scale.view(rows, -1).t(), zero.view(rows, -1).t().to(torch.int32)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.sampled_from(SUPPORTED_BITS),
+    st.booleans(),
+    st.sampled_from(["normal", "tiny", "positive", "heavy", "sparse"]),
+    st.integers(0, 2**31),
+)
+def test_rtn_is_auto_rounds_step_by_step(dtype, bits, sym, kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(64, 192, generator=generator)
+    if kind == "tiny":
+        weight *= 1e-6
+    elif kind == "positive":
+        weight = weight.abs() * 0.02
+    elif kind == "heavy":  # to the end of what a float16 scale can reach
+        weight = (weight * torch.exp(2 * torch.randn(64, 192, generator=generator))).clamp(-3e4, 3e4)
+    elif kind == "sparse":
+        weight *= torch.randint(0, 2, (64, 192), generator=generator)
+    weight = weight.to(dtype)
+    kept = weight.clone()
+    scheme = Scheme(bits, 64, sym)
+    codes, scales, zeros = quantize_rtn(weight, scheme)
+    expected = rtn_step_by_step(weight, scheme)
+    assert torch.equal(weight, kept)
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(scales, expected[1])
+    assert sym or torch.equal(zeros, expected[2])
+    grid = rtn_grid(weight, scheme)
+    assert torch.equal(grid[0], scales)
+    assert (grid[1] is None) if sym else torch.equal(grid[1], zeros)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_symmetric_code_read_back_from_its_weight_is_itself(dtype):
+    # quantize_rtn leaves this step of auto-round's out: here for every float16 scale and every level of 8 bits.
+    scales = torch.arange(1, 0x7C00, dtype=torch.int16).view(torch.float16)
+    scales = scales[(scales >= 1e-5) & (scales * 128 <= torch.finfo(torch.float16).max)].unsqueeze(-1)
+    for level in range(-128, 128):
+        levels = torch.full_like(scales, level, dtype=torch.promote_types(dtype, torch.float16))
+        restored = (levels * scales).to(dtype)
+        assert torch.equal((restored / scales + 128).round(), levels + 128)
+
+
+@settings(max_examples=30, deadline=None)
+@given(layers(), st.integers(0, 2**31))
+def test_some_rows_unpack_to_those_rows_of_all(layer, seed):
+    in_features, out_features, scheme = layer
+    tensors = pack(*random_codes(in_features, out_features, scheme, seed), scheme)
+    codes, scales, zeros = unpack(tensors, scheme)
+    for start in range(0, out_features, 32):
+        rows = slice(start, out_features)
+        for part, whole in zip(unpack(tensors, scheme, rows), (codes, scales.t(), zeros.t()), strict=True):
+            assert torch.equal(part if part.shape == whole[rows].shape else part.t(), whole[rows])
 
 
 def test_rtn_of_a_zero_weight_is_zero():

@@ -56,7 +56,7 @@ class PublishedComponent(Component):
         for name, shape in self.family.tensor_shapes(without_weights, self.family.build(self)).items():
             dtype = self._dtype(name)
             nbytes = math.prod(shape) * int(DTYPE_BYTES[dtype])
-            tensors[name] = TensorInfo(name, self.folder / "config.json", dtype, shape, nbytes)
+            tensors[name] = TensorInfo(name, self.folder / "config.json", dtype, shape, nbytes, offset=0)
         return tensors
 
     @property
