@@ -94,6 +94,13 @@ def test_the_embedded_model_is_inside(toolkit):
     assert weights - found == set(), "missing in the wheel"
 
 
+def test_the_published_configurations_are_inside(toolkit):
+    folder = ROOT / "quantkit" / "families" / "published"
+    files = {str(path.relative_to(ROOT)) for path in folder.rglob("*.json")}
+    assert "quantkit/families/published/sizes.json" in files
+    assert files <= contents(toolkit)
+
+
 def test_the_toolkits_metadata(toolkit):
     found = metadata(toolkit)
     assert found["Name"] == "quantkit"

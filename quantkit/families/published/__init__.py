@@ -51,8 +51,9 @@ class PublishedComponent(Component):
         """
         if not self.config:  # a scheduler
             return {}
+        model = self.family.build(self)
         tensors = {}
-        for name, shape in self.family.tensor_shapes(self.family.build(self)).items():
+        for name, shape in self.family.tensor_shapes(model).items():
             dtype = self._dtype(name)
             nbytes = math.prod(shape) * int(DTYPE_BYTES[dtype])
             tensors[name] = TensorInfo(name, self.folder / "config.json", dtype, shape, nbytes)
