@@ -51,9 +51,11 @@ class PublishedComponent(Component):
         """
         if not self.config:  # a scheduler
             return {}
+        model = self.family.build(self)
         tensors = {}
-        without_weights = Component(self.name, self.library, self.class_name, self.folder)
-        for name, shape in self.family.tensor_shapes(without_weights, self.family.build(self)).items():
+        # A family may take tensors as it finds them, and here there are none to be found.
+        found = Component(self.name, self.library, self.class_name, self.folder)
+        for name, shape in self.family.tensor_shapes(found, model).items():
             dtype = self._dtype(name)
             nbytes = math.prod(shape) * int(DTYPE_BYTES[dtype])
             tensors[name] = TensorInfo(name, self.folder / "config.json", dtype, shape, nbytes, offset=0)

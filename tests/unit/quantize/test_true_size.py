@@ -1,5 +1,6 @@
 """Plans of the published models at their true size, from their configurations alone."""
 
+import functools
 import json
 from collections import Counter
 
@@ -40,13 +41,18 @@ FILE_BYTES = {
 MOST_HEADER_BYTES = 200_000
 
 GB, GIB = 1e9, 2**30
-BOTH_STAGES = ("scheme.iters=0", "layers.components=[transformer, vision_language_encoder]")
-# What others published, and how far from it the prediction may be: recipe, component, changes to the recipe,
+FLUX, GLM_IMAGE, QWEN3_OMNI = (
+    "black-forest-labs/FLUX.1-dev",
+    "zai-org/GLM-Image",
+    "Qwen/Qwen3-Omni-30B-A3B-Instruct",
+)
+BOTH_STAGES = "layers.components=[transformer, vision_language_encoder]"
+# What others published, and how far from it the prediction may be: model, component, changes to the recipe,
 # before, after, unit. See docs/results/true-size.md, also for the memory in use that is meant by FLUX's 7 GB.
 PUBLISHED = [
-    ("flux", "transformer", (), (23, 0.05), (7, 0.11), GB),
-    ("qwen3-omni", None, (), (66, 0.05), (25, 0.05), GIB),
-    ("glm-image", None, BOTH_STAGES, (34, 0.05), (13, 0.05), GB),
+    (FLUX, "transformer", (), (23, 0.05), (7, 0.11), GB),
+    (QWEN3_OMNI, None, (), (66, 0.05), (25, 0.05), GIB),
+    (GLM_IMAGE, None, (BOTH_STAGES,), (34, 0.05), (13, 0.05), GB),
 ]
 
 
@@ -61,17 +67,18 @@ def _is_known(hub_id):
 KNOWN = [hub_id for hub_id in list_published() if _is_known(hub_id)]
 
 
-@pytest.fixture(scope="module")
-def plan_of():
+@functools.cache
+def opened(hub_id):
+    """Open a published model once: its components remember their tensors."""
+    return open_published(hub_id)
+
+
+def predict(loaded):
     """Plan a recipe, the model's weights being nowhere."""
     from quantkit.demo import path
 
-    def plan(name, *overrides):
-        loaded = load_recipe(RECIPES[name], overrides)
-        hub_id = loaded.recipe.model.id
-        return loaded.recipe, prepare(loaded, path() if hub_id == "demo" else open_published(hub_id)).plan
-
-    return plan
+    hub_id = loaded.recipe.model.id
+    return prepare(loaded, path() if hub_id == "demo" else opened(hub_id)).plan
 
 
 def test_every_recipe_of_a_hub_model_has_its_configuration_here():
@@ -81,36 +88,40 @@ def test_every_recipe_of_a_hub_model_has_its_configuration_here():
 
 @pytest.mark.parametrize("hub_id", sorted(PARAMETERS.keys() & set(KNOWN)))
 def test_the_architecture_has_as_many_parameters_as_the_published_files(hub_id):
-    components = open_published(hub_id).components
+    components = opened(hub_id).components
     assert {name: components[name].parameters for name in PARAMETERS[hub_id]} == PARAMETERS[hub_id]
 
 
 @pytest.mark.parametrize("hub_id", sorted(FILE_BYTES.keys() & set(KNOWN)))
 def test_the_architecture_takes_as_many_bytes_as_the_published_files(hub_id):
-    components = open_published(hub_id).components
+    components = opened(hub_id).components
     for name, nbytes in FILE_BYTES[hub_id].items():
         assert nbytes - MOST_HEADER_BYTES < components[name].nbytes < nbytes, name
 
 
 @pytest.mark.parametrize(
-    ("recipe", "component", "overrides", "before", "after", "unit"),
-    [case for case in PUBLISHED if case[0] in RECIPES],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ("hub_id", "component", "overrides", "before", "after", "unit"),
+    [case for case in PUBLISHED if case[0] in KNOWN],
+    ids=[case[0] for case in PUBLISHED if case[0] in KNOWN],
 )
 def test_predictions_come_out_where_others_published_sizes(
-    plan_of, recipe, component, overrides, before, after, unit
+    tmp_path, hub_id, component, overrides, before, after, unit
 ):
-    _, plan = plan_of(recipe, *overrides)
+    recipe = tmp_path / "rounded.yaml"
+    task = detect(opened(hub_id)).task
+    recipe.write_text(f"version: 1\nmodel: {{id: {hub_id}, task: {task}}}\nscheme: {{iters: 0}}\n")
+    plan = predict(load_recipe(recipe, overrides))
     part = plan if component is None else next(part for part in plan.components if part.component.name == component)
     assert part.nbytes_before / unit == pytest.approx(before[0], rel=before[1])
     assert part.nbytes_after / unit == pytest.approx(after[0], rel=after[1])
 
 
-def test_sizes_json_holds_what_the_plans_predict(plan_of, golden):
+def test_sizes_json_holds_what_the_plans_predict(golden):
     entries = []
-    for name in RECIPES:
-        recipe, plan = plan_of(name)
-        entry = {"of": size_key(recipe), "before": plan.nbytes_before, "after": plan.nbytes_after}
+    for path in RECIPES.values():
+        loaded = load_recipe(path)
+        plan = predict(loaded)
+        entry = {"of": size_key(loaded.recipe), "before": plan.nbytes_before, "after": plan.nbytes_after}
         if entry not in entries:
             entries.append(entry)
     lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
@@ -149,7 +160,7 @@ def test_a_plan_without_weights_is_that_of_the_weights(flux_model, tmp_path, mon
 def test_stored_dtypes_name_tensors_that_there_are(hub_id):
     path = ROOT / hub_id / "dtypes.json"
     stored = json.loads(path.read_text()) if path.is_file() else {}
-    components = open_published(hub_id).components
+    components = opened(hub_id).components
     found = Counter(info.dtype for part in components.values() for info in part.tensors.values())
     assert found.keys() == {"BF16", *stored.values()}
     for start in stored:
@@ -159,7 +170,7 @@ def test_stored_dtypes_name_tensors_that_there_are(hub_id):
 
 
 def test_no_weight_is_made():
-    pipeline = open_published("black-forest-labs/FLUX.1-dev")
+    pipeline = opened(FLUX)
     family = detect(pipeline)
     for component in pipeline.components.values():
         assert {tensor.device.type for tensor in family.build(component).parameters()} == {"meta"}

@@ -240,7 +240,8 @@ RECIPES = st.fixed_dictionaries(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 def test_a_valid_recipe_written_as_yaml_loads_back_equal(write, data):
     recipe = Recipe.model_validate_json(json.dumps(data))
-    dumped = yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True)
+    # Quoted, because the loader takes 1e-3 for a number, and PyYAML would write such a text without quotes.
+    dumped = yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, default_style='"')
     assert load_recipe(write(dumped)).recipe == recipe
 
 
