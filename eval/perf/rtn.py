@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to work")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the folder is removed then, too
     with tempfile.TemporaryDirectory(prefix="quantkit-rtn-", dir=options.folder) as folder:
         result = measure(Path(folder), options.gigabytes, options.shard_gigabytes, options.heads)
     print_table(result)
