@@ -5,40 +5,25 @@ Nothing here imports torch or reads a weight, so that plans, inspection and bad-
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CheckpointError
+from quantkit_runtime import checkpoint
+from quantkit_runtime.checkpoint import TensorInfo
+from quantkit_runtime.errors import CheckpointFormatError
 
-# Bytes per element of every dtype that safetensors can hold.
-DTYPE_BYTES: Mapping[str, float] = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-_WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
-_MAX_HEADER_BYTES = 100 * 2**20
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a checkpoint: where it is and what it is."""
-
-    name: str
-    file: Path
-    dtype: str
-    """As safetensors spells it, e.g. ``BF16``."""
-    shape: tuple[int, ...]
-    nbytes: int
+SINGLE_MODEL = "model"
+"""Name of the one component of a model that is no pipeline."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """One entry of a pipeline's ``model_index.json``, e.g. the transformer."""
+    """One entry of a pipeline's ``model_index.json``, e.g. the transformer; or a single model as a whole."""
 
     name: str
     library: str
@@ -75,7 +60,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A folder in diffusers' layout."""
+    """A model folder: a pipeline in diffusers' layout, or a single model, which is its only component."""
 
     folder: Path
     class_name: str
@@ -89,17 +74,17 @@ class Pipeline:
 
 
 def open_pipeline(folder: Path) -> Pipeline:
-    """Read what a pipeline folder holds.
+    """Read what a model folder holds: a diffusers pipeline, or a single model with its ``config.json`` in the root.
 
     Raises:
-        CheckpointError: If the folder or its ``model_index.json`` is missing or damaged, or a component's
-            folder is missing.
+        CheckpointError: If the folder is missing or no model, its ``model_index.json`` or ``config.json`` is
+            damaged, or a component's folder is missing.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     index_path = folder / "model_index.json"
     if not index_path.is_file():
-        raise CheckpointError(f"{folder}: has no model_index.json; give the root of a diffusers pipeline")
+        return _open_single_model(folder)
     index = read_json(index_path)
     class_name = index.get("_class_name")
     if not isinstance(class_name, str):
@@ -118,21 +103,21 @@ def open_pipeline(folder: Path) -> Pipeline:
     return Pipeline(folder, class_name, components)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: If the file is missing or holds anything else.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: is no JSON object")
-    return data
+def _open_single_model(folder: Path) -> Pipeline:
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise CheckpointError(
+            f"{folder}: has neither model_index.json nor config.json; give the root of a diffusers pipeline or "
+            "transformers model"
+        )
+    config = read_json(config_path)
+    if "_class_name" in config:
+        raise CheckpointError(f"{folder}: is one component of a pipeline; give the pipeline's root")
+    match config.get("architectures"):
+        case [str(class_name), *_]:
+            component = Component(SINGLE_MODEL, "transformers", class_name, folder)
+            return Pipeline(folder, class_name, {SINGLE_MODEL: component})
+    raise CheckpointError(f"{config_path}: architectures: is missing; it must name the model's class")
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
@@ -146,6 +131,24 @@ def walk_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
+@contextmanager
+def _as_checkpoint_error() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointFormatError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: If the file is missing or holds anything else.
+    """
+    with _as_checkpoint_error():
+        return checkpoint.read_json(path)
+
+
 def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Read the headers of a component's weights, in sharded or single-file form.
 
@@ -153,41 +156,10 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
         Every tensor by name; empty if the folder holds no weights.
 
     Raises:
-        CheckpointError: If a file is truncated or damaged, a shard is missing, the index names a tensor that
-            its shard does not hold (or the reverse), or the weights are in pickle form.
+        CheckpointError: See `quantkit_runtime.checkpoint.read_tensors`.
     """
-    for stem in _WEIGHT_STEMS:
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            return _read_sharded(folder, index)
-        single = folder / f"{stem}.safetensors"
-        if single.is_file():
-            return read_header(single)
-    pickled = [path.name for path in walk_files(folder) if path.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
-    if pickled:
-        raise CheckpointError(f"{folder / pickled[0]}: is in pickle form; convert it to safetensors")
-    return {}
-
-
-def _read_sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map: is missing or empty")
-    for shard in weight_map.values():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{index}: weight_map: {shard!r} is no file name")
-    tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(set(weight_map.values())):
-        held = read_header(folder / shard)
-        if twice := sorted(held.keys() & tensors.keys()):
-            raise CheckpointError(f"{folder / shard}: {twice[0]}: {tensors[twice[0]].file.name} holds it too")
-        tensors |= held
-    for name, shard in weight_map.items():
-        if name not in tensors or tensors[name].file.name != shard:
-            raise CheckpointError(f"{folder / shard}: lacks the tensor {name} that {index.name} places there")
-    if unnamed := sorted(tensors.keys() - weight_map.keys()):
-        raise CheckpointError(f"{index}: weight_map: does not name {unnamed[0]}, which a shard holds")
-    return tensors
+    with _as_checkpoint_error():
+        return checkpoint.read_tensors(folder)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -196,41 +168,5 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: If the file is missing, truncated or no safetensors file.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise CheckpointError(f"{path}: is truncated or no safetensors file; copy it again")
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its safetensors header is damaged; copy it again") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its safetensors header is damaged; copy it again")
-    tensors = {}
-    spans = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        match entry:
-            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if (
-                dtype in DTYPE_BYTES
-                and all(type(length) is int and length >= 0 for length in shape)
-                and stop - start == math.prod(shape) * DTYPE_BYTES[dtype]
-            ):
-                tensors[name] = TensorInfo(name, path, dtype, tuple(shape), stop - start)
-                spans.append((start, stop))
-            case _:
-                raise CheckpointError(f"{path}: {name}: dtype, shape and size do not agree; copy the file again")
-    end = 0
-    for start, stop in sorted(spans):
-        if start != end:
-            raise CheckpointError(f"{path}: its tensors overlap or leave gaps; copy the file again")
-        end = stop
-    if 8 + length + end != size:
-        raise CheckpointError(
-            f"{path}: is truncated: {size} bytes where its header says {8 + length + end}; copy it again"
-        )
-    return tensors
+    with _as_checkpoint_error():
+        return checkpoint.read_header(path)

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Pipeline, TensorInfo, walk_files
+from quantkit.checkpoint import Pipeline, walk_files
 from quantkit.quantize.plan import ComponentPlan, PlannedLayer
 from quantkit.quantize.progress import OnProgress, Progress
 from quantkit.quantize.rtn import Pack
 from quantkit.quantize.tensors import read_tensor, write_tensors
+from quantkit_runtime.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

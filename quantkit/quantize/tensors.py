@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.checkpoint import TensorInfo
+from quantkit_runtime.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

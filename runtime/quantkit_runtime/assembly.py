@@ -64,7 +64,7 @@ def assemble(
 
 def _packed_layers(model: nn.Module, files: WeightFiles, quantization: QuantizationConfig) -> dict[str, Scheme]:
     config_path = files.folder / "config.json"
-    packed = [name.removesuffix(".qweight") for name in files.shapes if name.endswith(".qweight")]
+    packed = [name.removesuffix(".qweight") for name in files.tensors if name.endswith(".qweight")]
     if not packed:
         raise CheckpointFormatError(
             f"{config_path}: quantization_config: present, but the weights hold no packed layer; quantize the "

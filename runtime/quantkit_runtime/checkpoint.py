@@ -1,39 +1,153 @@
-"""Safetensors files of one model folder."""
+"""The files of one model folder: JSON, safetensors headers, and the tensors behind them.
+
+What a folder holds is read from headers alone; neither torch nor a weight is touched before `WeightFiles.read`.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit_runtime.errors import CheckpointFormatError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# Bytes per element of every dtype that safetensors can hold.
+DTYPE_BYTES: Mapping[str, float] = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 # diffusers' and transformers' own names, in this order; auto-round writes the second one for both.
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
+_MAX_HEADER_BYTES = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint: where it is and what it is."""
+
+    name: str
+    file: Path
+    dtype: str
+    """As safetensors spells it, e.g. ``BF16``."""
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointFormatError: The file is missing, unreadable or holds something else.
+        CheckpointFormatError: If the file is missing or holds anything else.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointFormatError(
-            f"{path}: cannot be read ({error.strerror}); download the model again"
-        ) from error
-    except ValueError as error:
-        raise CheckpointFormatError(f"{path}: not valid JSON ({error}); download the model again") from error
+        raise CheckpointFormatError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointFormatError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(data, dict):
-        raise CheckpointFormatError(f"{path}: not a JSON object; download the model again")
+        raise CheckpointFormatError(f"{path}: is no JSON object")
     return data
+
+
+def read_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Read the headers of a component's weights, in sharded or single-file form.
+
+    Returns:
+        Every tensor by name; empty if the folder holds no weights.
+
+    Raises:
+        CheckpointFormatError: If a file is truncated or damaged, a shard is missing, the index names a tensor that
+            its shard does not hold (or the reverse), or the weights are in pickle form.
+    """
+    for stem in _WEIGHT_STEMS:
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            return _read_sharded(folder, index)
+        single = folder / f"{stem}.safetensors"
+        if single.is_file():
+            return read_header(single)
+    pickled = sorted(path for path in folder.glob("*") if path.suffix in _PICKLE_SUFFIXES)
+    if pickled:
+        raise CheckpointFormatError(f"{pickled[0]}: is in pickle form; convert it to safetensors")
+    return {}
+
+
+def _read_sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointFormatError(f"{index}: weight_map: is missing or empty")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointFormatError(f"{index}: weight_map: {shard!r} is no file name")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(set(weight_map.values())):
+        held = read_header(folder / shard)
+        if twice := sorted(held.keys() & tensors.keys()):
+            raise CheckpointFormatError(f"{folder / shard}: {twice[0]}: {tensors[twice[0]].file.name} holds it too")
+        tensors |= held
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file.name != shard:
+            raise CheckpointFormatError(f"{folder / shard}: lacks the tensor {name} that {index.name} places there")
+    if unnamed := sorted(tensors.keys() - weight_map.keys()):
+        raise CheckpointFormatError(f"{index}: weight_map: does not name {unnamed[0]}, which a shard holds")
+    return tensors
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check the header of one safetensors file.
+
+    Raises:
+        CheckpointFormatError: If the file is missing, truncated or no safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise CheckpointFormatError(f"{path}: is truncated or no safetensors file; copy it again")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointFormatError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointFormatError(f"{path}: its safetensors header is damaged; copy it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointFormatError(f"{path}: its safetensors header is damaged; copy it again")
+    tensors = {}
+    spans = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        match entry:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if (
+                dtype in DTYPE_BYTES
+                and all(type(length) is int and length >= 0 for length in shape)
+                and stop - start == math.prod(shape) * DTYPE_BYTES[dtype]
+            ):
+                tensors[name] = TensorInfo(name, path, dtype, tuple(shape), stop - start)
+                spans.append((start, stop))
+            case _:
+                raise CheckpointFormatError(
+                    f"{path}: {name}: dtype, shape and size do not agree; copy the file again"
+                )
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise CheckpointFormatError(f"{path}: its tensors overlap or leave gaps; copy the file again")
+        end = stop
+    if 8 + length + end != size:
+        raise CheckpointFormatError(
+            f"{path}: is truncated: {size} bytes where its header says {8 + length + end}; copy it again"
+        )
+    return tensors
 
 
 class WeightFiles:
@@ -43,7 +157,7 @@ class WeightFiles:
 
     Attributes:
         folder: The model folder.
-        shapes: Shape of each tensor by name.
+        tensors: Every tensor by name.
 
     Raises:
         CheckpointFormatError: No safetensors file, one that the index names is missing or damaged, or index and
@@ -52,57 +166,21 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = self._index()
-        self._file_of: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in sorted({folder / name for name in index.values()}) if index else [self._single_file()]:
-            with _open(path, "cpu") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    self._file_of[name] = path
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
-        for name, file_name in index.items():
-            if self._file_of.get(name) != folder / file_name:
-                raise CheckpointFormatError(
-                    f"{folder / file_name}: has no tensor {name}, which the index places there; download the model "
-                    "again"
-                )
+        self.tensors = read_tensors(folder)
+        if not self.tensors:
+            raise CheckpointFormatError(
+                f"{folder}: holds no safetensors weights; save the model with safe_serialization=True"
+            )
 
     def read(self, device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor with its name; on the CPU the data stays in the memory-mapped file until used."""
-        for path in sorted(set(self._file_of.values())):
-            with _open(path, str(device)) as file:
+        from safetensors import safe_open
+
+        for path in sorted({info.file for info in self.tensors.values()}):
+            with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     yield name, file.get_tensor(name)
 
     def where(self, name: str) -> Path:
         """File that holds the tensor ``name``."""
-        return self._file_of[name]
-
-    def _index(self) -> Mapping[str, str]:
-        for stem in _WEIGHT_STEMS:
-            path = self.folder / f"{stem}.safetensors.index.json"
-            if path.is_file():
-                weight_map = read_json(path).get("weight_map")
-                if not isinstance(weight_map, dict) or not weight_map:
-                    raise CheckpointFormatError(f"{path}: weight_map: missing or empty; download the model again")
-                return weight_map
-        return {}
-
-    def _single_file(self) -> Path:
-        for stem in _WEIGHT_STEMS:
-            path = self.folder / f"{stem}.safetensors"
-            if path.is_file():
-                return path
-        raise CheckpointFormatError(
-            f"{self.folder}: no safetensors weights found; other formats are not read, save the model with "
-            "safe_serialization=True"
-        )
-
-
-def _open(path: Path, device: str) -> Any:
-    try:
-        return safe_open(path, framework="pt", device=device)
-    except FileNotFoundError as error:
-        raise CheckpointFormatError(f"{path}: missing, though the index names it; download it again") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointFormatError(f"{path}: truncated or damaged ({error}); download it again") from error
+        return self.tensors[name].file

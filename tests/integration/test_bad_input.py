@@ -91,7 +91,10 @@ def test_a_group_size_that_divides_no_layer(fails, model):
 
 def test_a_model_folder_without_model_index(fails, model):
     (model / "model_index.json").unlink()
-    assert fails(RECIPE, model) == "./model: has no model_index.json; give the root of a diffusers pipeline"
+    assert fails(RECIPE, model) == (
+        "./model: has neither model_index.json nor config.json; give the root of a diffusers pipeline or "
+        "transformers model"
+    )
 
 
 def test_a_model_folder_that_does_not_exist(fails, tmp_path):

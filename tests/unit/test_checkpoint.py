@@ -1,28 +1,17 @@
-"""Reading model folders: what is in them, and that damage of any kind is a CheckpointError."""
+"""Opening model folders: what they consist of, and that damage of any kind is a CheckpointError."""
 
 import json
 import struct
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from quantkit.checkpoint import open_pipeline, read_header, read_json, read_tensors
 from quantkit.errors import CheckpointError
 
 
-def tensor(dtype="F32", shape=(2,), offsets=(0, 8)):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
-
-def safetensors(header, data=b""):
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(raw)) + raw + data
-
-
 @pytest.fixture
 def write(tmp_path):
-    def write_file(content, name="model.safetensors"):
+    def write_file(content, name):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
@@ -31,148 +20,8 @@ def write(tmp_path):
     return write_file
 
 
-GOOD = safetensors({"__metadata__": {"a": "b"}, "x": tensor(), "y": tensor("BF16", (3, 0), (8, 8))}, b"12345678")
-
-
-def test_a_header_gives_name_dtype_shape_and_bytes(write):
-    path = write(GOOD)
-    x, y = read_header(path).values()
-    assert (x.name, x.file, x.dtype, x.shape, x.nbytes) == ("x", path, "F32", (2,), 8)
-    assert (y.dtype, y.shape, y.nbytes) == ("BF16", (3, 0), 0)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\x01",
-        GOOD[:-1],
-        GOOD + b"\x00",
-        GOOD[:20],
-        b"\xff" * 64,
-        struct.pack("<Q", 2**63) + b"{}",
-        safetensors(b"{"),
-        safetensors(b"\xff\xfe"),
-        safetensors(b"[" * 100_000),
-        safetensors([1]),
-        safetensors({"x": 3}),
-        safetensors({"x": {}}),
-        safetensors({"x": {**tensor(), "shape": None}}, b"12345678"),
-        safetensors({"x": tensor(shape=("2",))}, b"12345678"),
-        safetensors({"x": tensor(shape=(-1, -2))}, b"12345678"),
-        safetensors({"x": tensor(shape=(True, 2))}, b"12345678"),
-        safetensors({"x": tensor(dtype="F31")}, b"12345678"),
-        safetensors({"x": tensor(dtype=["F32"])}, b"12345678"),
-        safetensors({"x": tensor(offsets=(0, 8, 8))}, b"12345678"),
-        safetensors({"x": tensor(offsets=(0, 1e400))}, b"12345678"),
-        safetensors({"x": tensor(offsets=(-8, 0))}, b""),
-        safetensors({"x": tensor(), "y": tensor()}, b"12345678"),
-        safetensors({"x": tensor(), "y": tensor(offsets=(4, 12))}, b"123456789012"),
-        safetensors({"x": tensor(), "y": tensor(offsets=(9, 17))}, b"1" * 17),
-    ],
-)
-def test_a_damaged_file_is_refused_in_one_line_that_names_it(write, content):
-    path = write(content)
-    with pytest.raises(CheckpointError) as caught:
-        read_header(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "again" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@given(position=st.integers(0, len(GOOD) - 9), byte=st.integers(0, 255))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
-def test_any_changed_byte_of_a_header_is_harmless_or_a_checkpoint_error(write, position, byte):
-    path = write(GOOD[:position] + bytes([byte]) + GOOD[position + 1 :])
-    try:
-        tensors = read_header(path)
-    except CheckpointError:
-        return
-    assert sum(info.nbytes for info in tensors.values()) == 8
-
-
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-4, 16)
-    | st.floats()
-    | st.text(max_size=4)
-    | st.sampled_from(["F32", "U8"]),
-    lambda inner: st.lists(inner, max_size=3),
-    max_leaves=4,
-)
-
-
-@given(
-    header=st.dictionaries(
-        st.sampled_from(["x", "y"]),
-        VALUES | st.fixed_dictionaries({"dtype": VALUES, "shape": VALUES, "data_offsets": VALUES}),
-    )
-)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
-def test_any_header_of_json_is_read_or_a_checkpoint_error(write, header):
-    path = write(safetensors(header, b"12345678"))
-    try:
-        tensors = read_header(path)
-    except CheckpointError:
-        return
-    assert sum(info.nbytes for info in tensors.values()) == 8
-
-
-def shards(write, weight_map, **files):
-    for name, content in files.items():
-        write(content, f"{name}.safetensors")
-    return write({"weight_map": weight_map}, "model.safetensors.index.json").parent
-
-
-ONE = safetensors({"x": tensor()}, b"12345678")
-OTHER = safetensors({"y": tensor()}, b"12345678")
-
-
-def test_shards_are_read_through_their_index(write):
-    folder = shards(write, {"x": "a.safetensors", "y": "b.safetensors"}, a=ONE, b=OTHER)
-    assert {name: info.file.name for name, info in read_tensors(folder).items()} == {
-        "x": "a.safetensors",
-        "y": "b.safetensors",
-    }
-
-
-@pytest.mark.parametrize(
-    ("weight_map", "files", "reason"),
-    [
-        (None, {}, "weight_map: is missing or empty"),
-        ({}, {}, "weight_map: is missing or empty"),
-        ([1], {}, "weight_map: is missing or empty"),
-        ({"x": 3}, {}, "weight_map: 3 is no file name"),
-        ({"x": ["a"], "y": {}}, {}, r"weight_map: \['a'\] is no file name"),
-        ({"x": "../a.safetensors"}, {"a": ONE}, r"weight_map: '\.\./a\.safetensors' is no file name"),
-        ({"x": "a.safetensors"}, {}, r"a\.safetensors: cannot be read: No such file"),
-        ({"x": "a.safetensors", "z": "a.safetensors"}, {"a": ONE}, "lacks the tensor z that"),
-        ({"x": "b.safetensors", "y": "a.safetensors"}, {"a": ONE, "b": OTHER}, "lacks the tensor"),
-        ({"y": "b.safetensors", "z": "a.safetensors"}, {"a": ONE, "b": OTHER}, "lacks the tensor z"),
-        ({"x": "a.safetensors", "y": "b.safetensors", "z": "c.safetensors"}, {"a": ONE, "b": OTHER, "c": ONE},
-         r"c\.safetensors: x: a\.safetensors holds it too"),
-        ({"y": "b.safetensors"}, {"b": safetensors({"y": tensor(), "w": tensor(offsets=(8, 16))}, b"1" * 16)},
-         "weight_map: does not name w, which a shard holds"),
-    ],
-)  # fmt: skip
-def test_an_index_that_contradicts_its_shards_is_refused(write, weight_map, files, reason):
-    folder = shards(write, weight_map, **files)
-    with pytest.raises(CheckpointError, match=reason):
-        read_tensors(folder)
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "flux.ckpt"])
-def test_weights_in_pickle_form_are_refused(write, name):
-    folder = write(b"\x80\x02", name).parent
-    with pytest.raises(CheckpointError, match=f"{name}: is in pickle form; convert it to safetensors"):
-        read_tensors(folder)
-
-
-def test_a_folder_without_weights_has_no_tensors(tmp_path):
-    assert read_tensors(tmp_path) == {}
-
-
+HEADER = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+ONE = struct.pack("<Q", len(HEADER)) + HEADER + b"12345678"
 INDEX = {
     "_class_name": "FluxPipeline",
     "vae": ["diffusers", "AutoencoderKL"],
@@ -217,13 +66,50 @@ def test_a_damaged_pipeline_is_refused_with_file_key_and_mend(write, tmp_path, i
         open_pipeline(tmp_path)
 
 
-def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"has no model_index\.json; give the root of a diffusers pipeline"):
+OMNI = {"architectures": ["OmniModel"], "model_type": "omni", "dtype": "bfloat16"}
+
+
+def test_a_single_model_is_one_component_that_holds_all_files(write, tmp_path):
+    write(OMNI, "config.json")
+    write(ONE, "model.safetensors")
+    write(b"speakers", "spk_dict.pt")
+    pipeline = open_pipeline(tmp_path)
+    assert pipeline.class_name == "OmniModel"
+    assert list(pipeline.components) == ["model"]
+    model = pipeline.components["model"]
+    assert (model.library, model.class_name, model.folder) == ("transformers", "OmniModel", tmp_path)
+    assert list(model.tensors) == ["x"]
+    assert pipeline.other_files == []
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (b"{", "config.json: is not valid JSON"),
+        ({}, "config.json: architectures: is missing"),
+        ({"architectures": []}, "config.json: architectures: is missing"),
+        ({"architectures": [3]}, "config.json: architectures: is missing"),
+        ({"_class_name": "AutoencoderKL"}, "is one component of a pipeline; give the pipeline's root"),
+    ],
+)
+def test_a_damaged_single_model_is_refused_with_file_key_and_mend(write, tmp_path, config, reason):
+    write(config, "config.json")
+    with pytest.raises(CheckpointError, match=reason):
+        open_pipeline(tmp_path)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has neither model_index\.json nor config\.json; give the root of"):
         open_pipeline(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         open_pipeline(tmp_path / "none")
 
 
-def test_json_that_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
-        read_json(tmp_path)
+@pytest.mark.parametrize(
+    ("read", "name"), [(read_json, "config.json"), (read_header, "model.safetensors"), (read_tensors, "")]
+)
+def test_what_the_runtime_finds_wrong_with_a_file_is_a_checkpoint_error(write, tmp_path, read, name):
+    write(b"{", "config.json")
+    write(b"{", "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"\.(json|safetensors): is "):
+        read(tmp_path / name)
