@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ EQUAL = [
     {"name": "wan, guidance pauses", "model": "wan_t2v", "kwargs": EXPERTS, "callback": ["drop_guidance_after", 2]},
     {"name": "wan, other prompt", "model": "wan_t2v", "kwargs": EXPERTS, "callback": ["other_prompt_after", 2],
      "callback_inputs": ["latents", "prompt_embeds", "negative_prompt_embeds"]},
-    {"name": "ovis", "model": "ovis_image", "kwargs": {**IMAGE, "negative_prompt": "a blue square"}},
+    {"name": "ovis", "model": "ovis_image", "kwargs": {**IMAGE, **NEGATIVE}},
     {"name": "glm", "model": "glm_image", "kwargs": IMAGE},
 ]  # fmt: skip
 REFUSED = {
@@ -115,8 +116,6 @@ def test_without_a_seed_both_ranks_use_the_one_that_was_drawn(ranks):
     ],
 )
 def test_what_cannot_be_right_is_refused_on_both_ranks(ranks, name, reason):
-    import re
-
     for rank in ranks[name]:
         assert re.search(reason, rank["error"])
 

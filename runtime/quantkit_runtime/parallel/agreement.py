@@ -84,7 +84,7 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def check_same_latents(latents: Tensor, suspicion: Tensor, step: int, group: dist.ProcessGroup | None) -> None:
-    """Compare latents across ranks by their checksum, and see whether any rank has a suspicion; waits for the device.
+    """Compare latents across ranks by their checksum, and ask for suspicions; waits for the device.
 
     Args:
         latents: Of this rank.
@@ -107,6 +107,6 @@ def check_same_latents(latents: Tensor, suspicion: Tensor, step: int, group: dis
         )
     if largest != -negated_smallest:
         raise ParallelError(
-            f"step {step}: the ranks have drifted apart: their latents differ; all ranks need the same device type, "
-            "library versions, and callbacks that do the same"
+            f"step {step}: the ranks have drifted apart: their latents differ; all ranks need the same "
+            "device type, library versions, and callbacks that do the same"
         )

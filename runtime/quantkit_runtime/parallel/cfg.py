@@ -1,21 +1,21 @@
-"""CFG-parallel: both guidance branches of an unmodified diffusers pipeline at the same time, one on each of two ranks.
+"""CFG-parallel: both guidance branches of an unmodified diffusers pipeline at the same time, on two ranks.
 
 Classifier-free guidance calls the denoiser twice per step, conditional and unconditional. Every rank runs the whole
 pipeline; only the denoiser's ``forward`` and the scheduler's ``step`` are wrapped. In the first step both ranks
-compute both calls and learn how the second differs from the first: which inputs it shares (the latents, the timestep)
-and which are its own (prompt embeddings), constant from step to step. From then on the second rank answers the *first*
-call by computing the *second*, whose inputs it knows, while the first rank computes the first; they exchange the
-results, and the second call returns what is already there. So
+compute both calls and learn how the second differs from the first: which inputs the two share (latents, timestep) and
+which are the second's own (prompt embeddings), constant from step to step. From then on the second rank answers the
+*first* call by computing the *second*, whose inputs it knows, while the first rank computes the first; they exchange
+the results, and the second call returns what is already there. So
 
 - a pipeline never sees a value that is not final, whatever it does between the two calls (cast, copy, combine);
 - nothing depends on how a pipeline names its branches;
-- what the second call is really given is compared with what was foreseen: a foreseen value that is not there any more
-  (a callback replaced the prompt embeddings) is computed anew on both ranks, and guidance that pauses is followed;
+- what the second call is really given is compared with what was foreseen: where it differs (a callback replaced the
+  prompt embeddings) both ranks compute it anew, and guidance that pauses is followed;
 - both ranks hold the same bits and step the same scheduler, which a checksum watches.
 
 Pipelines that put both branches into one call of twice the batch are recognised by that, and the batch is split.
 
-The first step takes as long as without this, so N steps take the time of (N + 1) / 2.
+The first step takes as long as on one rank, so N steps take the time of (N + 1) / 2.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class _Branches:
         return dist.get_rank(self.group)
 
     def wrap_context(self, module: nn.Module) -> Callable[..., Any]:
-        original: Callable[..., Any] = module.cache_context
+        original: Any = module.cache_context
         self.contexts[module] = original
 
         @contextmanager
@@ -247,8 +247,8 @@ class _Branches:
             if name not in first.inputs or not same(value, before):
                 if isinstance(value, State) and isinstance(before, State) and value.owner is before.owner:
                     raise ParallelError(
-                        f"{name}: a {type(value.owner).__name__} changes between the two guidance branches; run this "
-                        "pipeline without CFG-parallel"
+                        f"{name}: a {type(value.owner).__name__} changes between the two guidance branches; run "
+                        "this pipeline without CFG-parallel"
                     )
                 own[name] = value
         return _Pair(own, None if second.context is None else second.context[0])
