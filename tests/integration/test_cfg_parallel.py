@@ -13,19 +13,12 @@ import torch
 
 pytestmark = pytest.mark.multi_rank
 
-FLUX = {"prompt": "a red circle", "negative_prompt": "a blue square", "true_cfg_scale": 2.0, "height": 32, "width": 32,
-        "max_sequence_length": 16, "num_inference_steps": 6, "seed": 3}  # fmt: skip
-WAN = {"prompt": "a red circle", "negative_prompt": "a blue square", "height": 32, "width": 32, "num_frames": 5,
-       "num_inference_steps": 6, "guidance_scale": 4.0, "seed": 3}  # fmt: skip
+COMMON = {"prompt": "a red circle", "height": 32, "width": 32, "num_inference_steps": 6, "seed": 3}
+NEGATIVE = {"negative_prompt": "a blue square"}
+FLUX = {**COMMON, **NEGATIVE, "true_cfg_scale": 2.0, "max_sequence_length": 16}
+WAN = {**COMMON, **NEGATIVE, "num_frames": 5, "guidance_scale": 4.0}
 EXPERTS = {**WAN, "guidance_scale_2": 3.0}
-IMAGE = {
-    "prompt": "a red circle",
-    "height": 32,
-    "width": 32,
-    "num_inference_steps": 4,
-    "guidance_scale": 3.0,
-    "seed": 3,
-}
+IMAGE = {**COMMON, "num_inference_steps": 4, "guidance_scale": 3.0}
 
 EQUAL = [
     {"name": "flux", "model": "flux", "kwargs": FLUX},

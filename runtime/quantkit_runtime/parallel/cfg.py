@@ -2,10 +2,10 @@
 
 Classifier-free guidance calls the denoiser twice per step, conditional and unconditional. Every rank runs the whole
 pipeline; only the denoiser's ``forward`` and the scheduler's ``step`` are wrapped. In the first step both ranks
-compute both calls and learn how the second differs from the first: which inputs the two share (latents, timestep) and
-which are the second's own (prompt embeddings), constant from step to step. From then on the second rank answers the
-*first* call by computing the *second*, whose inputs it knows, while the first rank computes the first; they exchange
-the results, and the second call returns what is already there. So
+compute both calls and learn how the second differs from the first: which inputs the two share (latents, timestep),
+and which are the second's own (prompt embeddings), constant from step to step. From then on the second rank answers
+the *first* call by computing the *second*, whose inputs it knows, while the first rank computes the first; they
+exchange the results, and the second call returns what is already there. So
 
 - a pipeline never sees a value that is not final, whatever it does between the two calls (cast, copy, combine);
 - nothing depends on how a pipeline names its branches;
