@@ -77,6 +77,7 @@ def slow_rank(rank, seconds):
     return callback
 
 
+WARM_UP_ROUNDS = 10
 CALLBACKS = {
     call.__name__: call for call in (drop_guidance_after, other_prompt_after, disturb_rank, end_rank, slow_rank)
 }
@@ -116,6 +117,11 @@ def result_of(output):
     return output.images if hasattr(output, "images") else output.frames
 
 
+def resident_bytes():
+    """Return what this process holds in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def count_blocks(pipe):
     """Count how often the denoisers really run, seen from their first block."""
     counts = {"forwards": 0}
@@ -138,7 +144,12 @@ def main(jobs_path, results):
         counts = count_blocks(pipe)
         found = {}
         try:
-            output = CfgParallel(pipe)(**arguments_of(job), output_type="latent")
+            parallel = CfgParallel(pipe)
+            for round_ in range(job.get("repeat", 1)):
+                output = parallel(**arguments_of(job), output_type="latent")
+                if round_ == WARM_UP_ROUNDS:
+                    found["warm_bytes"] = resident_bytes()
+            found["end_bytes"] = resident_bytes()
         except ParallelError as error:
             found["error"] = str(error)
         else:

@@ -42,6 +42,7 @@ REFUSED = {
     "other seed on rank 1": {"model": "flux", "kwargs": FLUX, "on_rank_1": {"seed": 4}},
     "latents disturbed on rank 1": {"model": "flux", "kwargs": FLUX, "callback": ["disturb_rank", 1, 3]},
 }
+MANY = {"name": "many", "model": "flux", "kwargs": {**FLUX, "num_inference_steps": 2}, "repeat": 50}
 NO_SEED = {"name": "no seed", "model": "flux", "kwargs": {k: v for k, v in FLUX.items() if k != "seed"}}
 
 
@@ -59,7 +60,7 @@ def launch(jobs, folder, *, check=True):
 def ranks(tiny_model, tmp_path_factory):
     """What both ranks made of every job, by its name."""
     folder = tmp_path_factory.mktemp("ranks")
-    jobs = [*EQUAL, NO_SEED, *({"name": name, **job} for name, job in REFUSED.items())]
+    jobs = [*EQUAL, NO_SEED, MANY, *({"name": name, **job} for name, job in REFUSED.items())]
     done = launch([{**job, "model": str(tiny_model(job["model"]))} for job in jobs], folder, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {job["name"]: [torch.load(folder / f"{job['name']}-rank{rank}.pt") for rank in (0, 1)] for job in jobs}
@@ -111,6 +112,11 @@ def test_without_a_seed_both_ranks_use_the_one_that_was_drawn(ranks):
 def test_what_cannot_be_right_is_refused_on_both_ranks(ranks, name, reason):
     for rank in ranks[name]:
         assert re.search(reason, rank["error"])
+
+
+def test_fifty_generations_in_a_row_take_no_more_memory_than_ten(ranks):
+    for rank in ranks["many"]:
+        assert rank["end_bytes"] - rank["warm_bytes"] < 8 * 2**20
 
 
 def test_a_rank_that_dies_ends_the_other(tiny_model, tmp_path):

@@ -22,7 +22,7 @@ def test_ranks_form_a_group(tmp_path):
 
 
 def test_the_error_of_one_rank_ends_all_and_is_told_with_its_traceback():
-    with pytest.raises(ParallelError, match=r"^rank 1: the file: a reason$") as caught:
+    with pytest.raises(ParallelError, match=r"^rank 1: the file: a reason") as caught:
         launch(ranks.refuse, (1,), 2)
     assert "in refuse" in "".join(caught.value.__notes__)
 
