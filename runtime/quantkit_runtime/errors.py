@@ -5,6 +5,7 @@
     QuantkitRuntimeError
     |-- CheckpointFormatError     the files on disk are not a checkpoint this runtime understands
     |-- BackendUnavailableError   the requested kernel backend or compute mode cannot run here
+    |-- ParallelError             several ranks cannot run, or no longer run, one generation
     `-- MissingDependencyError    an optional package is needed and not installed
 
 Every message is one line that names the file or key at fault and what to do about it.
@@ -21,6 +22,10 @@ class CheckpointFormatError(QuantkitRuntimeError):
 
 class BackendUnavailableError(QuantkitRuntimeError):
     """The kernel backend or compute mode that was asked for cannot serve this layer on this machine."""
+
+
+class ParallelError(QuantkitRuntimeError):
+    """Several ranks cannot run one generation together, or have stopped doing the same."""
 
 
 class MissingDependencyError(QuantkitRuntimeError):

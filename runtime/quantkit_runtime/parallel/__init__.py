@@ -1,0 +1,5 @@
+"""Running one generation on several ranks."""
+
+from quantkit_runtime.parallel.cfg import CfgParallel
+
+__all__ = ["CfgParallel"]

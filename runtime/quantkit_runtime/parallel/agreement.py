@@ -1,0 +1,112 @@
+"""Making sure that all ranks do the same: equal arguments, one seed, equal latents."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quantkit_runtime.errors import ParallelError
+
+
+def check_same_arguments(arguments: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
+    """Compare the arguments of a call across ranks.
+
+    Tensors, images and generators are compared by content, functions by name.
+
+    Args:
+        arguments: Keyword arguments of the call on this rank.
+        group: The ranks that must agree; None is all.
+
+    Raises:
+        ParallelError: Some differ; raised on every rank, and names the arguments.
+    """
+    mine = {name: _fingerprint(value) for name, value in arguments.items()}
+    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyone, mine, group=group)
+    names = sorted({name for theirs in everyone for name in theirs})
+    differing = [name for name in names if len({theirs.get(name) for theirs in everyone}) > 1]
+    if differing:
+        raise ParallelError(
+            f"{', '.join(differing)}: not the same on all ranks; every rank must make the same call"
+        )
+
+
+def _fingerprint(value: Any) -> str:
+    digest = hashlib.sha256()
+    _update(digest, value)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, value: Any) -> None:
+    digest.update(type(value).__name__.encode())
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, torch.Generator):
+        digest.update(value.get_state().numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            digest.update(repr(key).encode())
+            _update(digest, entry)
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        for entry in value:
+            _update(digest, entry)
+    elif callable(value):
+        digest.update(getattr(value, "__qualname__", "").encode())
+    elif hasattr(value, "tobytes"):  # PIL images and numpy arrays
+        digest.update(f"{getattr(value, 'size', None)}{getattr(value, 'mode', None)}".encode())
+        digest.update(value.tobytes())
+    else:
+        digest.update(repr(value).encode())
+
+
+def shared_seed(group: dist.ProcessGroup | None) -> int:
+    """Return a seed that the first rank of the group draws and all others get."""
+    drawn: list[int] = [int(torch.seed()) % 2**63]
+    dist.broadcast_object_list(drawn, group=group, group_src=0)
+    return drawn[0]
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Return an int64 scalar, on the tensor's device, that depends on every bit of a floating tensor.
+
+    Not cryptographic: it is cheap, exact, and independent of the order in which a device adds.
+    """
+    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().contiguous().view(width).flatten().to(torch.int64)
+    places = torch.arange(bits.numel(), device=bits.device) % 8191 + 1
+    return (bits * places).sum()
+
+
+def check_same_latents(latents: Tensor, suspicion: Tensor, step: int, group: dist.ProcessGroup | None) -> None:
+    """Compare latents across ranks by their checksum, and ask for suspicions; waits for the device.
+
+    Args:
+        latents: Of this rank.
+        suspicion: int64 scalar; not 0 where a guess of this rank turned out wrong.
+        step: For the message.
+        group: The ranks that must agree.
+
+    Raises:
+        ParallelError: On every rank, if the ranks have drifted apart or a rank has a suspicion.
+    """
+    found = checksum(latents)
+    # One reduction: the largest and, negated, the smallest checksum.
+    both = torch.stack([found, -found, suspicion])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    largest, negated_smallest, suspected = both.tolist()
+    if suspected:
+        raise ParallelError(
+            f"step {step}: an input of the second guidance branch changed in a way that cannot be foreseen; "
+            "run this pipeline without CFG-parallel"
+        )
+    if largest != -negated_smallest:
+        raise ParallelError(
+            f"step {step}: the ranks have drifted apart: their latents differ; all ranks need the same "
+            "device type, library versions, and callbacks that do the same"
+        )

@@ -1,0 +1,124 @@
+"""Starting ranks on this machine, and what a rank needs to join its group."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from quantkit_runtime.errors import ParallelError
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for another before it gives up."""
+
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
+
+
+def launched() -> bool:
+    """Whether this process is a rank that ``torchrun`` or `launch` started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(function: Callable[..., None], arguments: tuple[Any, ...], ranks: int) -> None:
+    """Run a function in several new processes of this machine and wait for them.
+
+    torch's elastic agent starts them, passes signals on and ends all when one fails.
+
+    Args:
+        function: Importable by name; called in every rank, in which `joined` works.
+        arguments: Of the function; pickled.
+        ranks: Number of processes.
+
+    Raises:
+        ParallelError: A rank failed or died. The message is the first failure's, the notes hold its traceback.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="spawn",
+    )
+    try:
+        elastic_launch(config, _run_recorded)(function, *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        found = ParallelError(f"rank {rank}: {_first_line(failure.message)}")
+        found.add_note(_trace(failure.message))
+        raise found from None
+
+
+def _run_recorded(function: Callable[..., None], *arguments: Any) -> None:
+    """Run in a rank, leaving an exception where the agent reads it."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(function)(*arguments)
+
+
+def _first_line(message: Any) -> str:
+    """Return the reason out of what the agent knows of a failure: text, or what `record` left of an exception."""
+    text = message["message"] if isinstance(message, dict) else message
+    return str(text).splitlines()[0].removeprefix(f"{ParallelError.__name__}: ")
+
+
+def _trace(message: Any) -> str:
+    return str(message["extraInfo"]["py_callstack"]) if isinstance(message, dict) else str(message)
+
+
+def device_of_rank(device: str) -> torch.device:
+    """Return the device of this rank: the accelerator with its local number, or the CPU.
+
+    Ranks share accelerators where there are fewer of them.
+
+    Args:
+        device: Device type without a number, such as ``cuda``.
+
+    Raises:
+        ParallelError: The device has a number.
+    """
+    chosen = torch.device(device)
+    if ":" in device:
+        raise ParallelError(f"device {device!r}: leave the number out; each rank takes its own")
+    if chosen.type == "cpu":
+        return chosen
+    count = max(torch.accelerator.device_count(), 1)
+    return torch.device(chosen.type, int(os.environ.get("LOCAL_RANK", "0")) % count)
+
+
+@contextmanager
+def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[None]:
+    """Be a member of the group of all ranks.
+
+    The backend fits the device: nccl, xccl or gloo; gloo, too, where several ranks share an accelerator.
+
+    Args:
+        device: Of this rank.
+        timeout: How long to wait for another rank.
+
+    Raises:
+        ParallelError: This process was not started as a rank.
+    """
+    if not launched():
+        raise ParallelError("this process is no rank: start it with torchrun")
+    backend = _BACKENDS.get(device.type, "gloo")
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index or 0)
+        if int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])) > torch.accelerator.device_count():
+            backend = "gloo"
+    dist.init_process_group(backend, timeout=timeout)
+    yield
+    # Not after an exception: closing the connections would make the other ranks fail before this one has said why.
+    dist.destroy_process_group()

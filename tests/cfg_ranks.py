@@ -1,0 +1,163 @@
+"""One rank of the CFG-parallel tests: runs jobs one after the other and writes what came out.
+
+Run by torchrun with the path of a JSON list of jobs and the folder of the results.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from quantkit_runtime import load_pipeline
+from quantkit_runtime.errors import ParallelError
+from quantkit_runtime.parallel import CfgParallel
+
+
+def _rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def drop_guidance_after(step):
+    """A callback as pipelines with a guidance interval have it: guidance pauses from a step on."""
+
+    def callback(pipeline, index, _timestep, _tensors):
+        if index == step:
+            pipeline._guidance_scale = 1.0
+            pipeline._guidance_scale_2 = 1.0
+        return {}
+
+    return callback
+
+
+def other_prompt_after(step):
+    """A callback that replaces the embeddings of both branches."""
+
+    def callback(_pipeline, index, _timestep, tensors):
+        if index != step:
+            return {}
+        return {name: tensors[name] * 0.5 for name in ("prompt_embeds", "negative_prompt_embeds")}
+
+    return callback
+
+
+def disturb_rank(rank, step):
+    """A callback that does something else on one rank."""
+
+    def callback(_pipeline, index, _timestep, tensors):
+        return {"latents": tensors["latents"] + 1e-3} if _rank() == rank and index == step else {}
+
+    return callback
+
+
+def end_rank(rank, step):
+    """A callback in which one rank dies."""
+
+    def callback(_pipeline, index, _timestep, _tensors):
+        if _rank() == rank and index == step:
+            os._exit(9)
+        return {}
+
+    return callback
+
+
+def slow_rank(rank, seconds):
+    """A callback in which one rank lags behind."""
+
+    def callback(_pipeline, _index, _timestep, _tensors):
+        if _rank() == rank:
+            time.sleep(seconds)
+        return {}
+
+    return callback
+
+
+WARM_UP_ROUNDS = 10
+CALLBACKS = {
+    call.__name__: call for call in (drop_guidance_after, other_prompt_after, disturb_rank, end_rank, slow_rank)
+}
+
+
+def arguments_of(job):
+    """Return the keyword arguments of the pipeline call that a job describes."""
+    kwargs = dict(job["kwargs"])
+    if _rank() == 1:
+        kwargs |= job.get("on_rank_1", {})
+    if "seed" in kwargs:
+        kwargs["generator"] = torch.Generator("cpu").manual_seed(kwargs.pop("seed"))
+    if "image" in kwargs:
+        side = kwargs["image"]
+        pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        kwargs["image"] = Image.fromarray(pixels)
+    if "callback" in job:
+        name, *rest = job["callback"]
+        kwargs["callback_on_step_end"] = CALLBACKS[name](*rest)
+        kwargs["callback_on_step_end_tensor_inputs"] = job.get("callback_inputs", ["latents"])
+    return kwargs
+
+
+def prepared(job):
+    """Load a job's pipeline; a step cache is turned on where the job says so."""
+    pipe = load_pipeline(job["model"], dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    if job.get("step_cache"):
+        from diffusers import FirstBlockCacheConfig
+
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=job["step_cache"]))
+    return pipe
+
+
+def result_of(output):
+    """Return latents of any pipeline's output."""
+    return output.images if hasattr(output, "images") else output.frames
+
+
+def resident_bytes():
+    """Return what this process holds in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def count_blocks(pipe):
+    """Count how often the denoisers really run, seen from their first block."""
+    counts = {"forwards": 0}
+
+    def hook(*_args):
+        counts["forwards"] += 1
+
+    for name in ("transformer", "transformer_2"):
+        if getattr(pipe, name, None) is not None:
+            blocks = getattr(getattr(pipe, name), "transformer_blocks", None) or getattr(pipe, name).blocks
+            blocks[0].register_forward_hook(hook)
+    return counts
+
+
+def main(jobs_path, results):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for job in json.loads(Path(jobs_path).read_text()):
+        pipe = prepared(job)
+        counts = count_blocks(pipe)
+        found = {}
+        try:
+            parallel = CfgParallel(pipe)
+            for round_ in range(job.get("repeat", 1)):
+                output = parallel(**arguments_of(job), output_type="latent")
+                if round_ == WARM_UP_ROUNDS:
+                    found["warm_bytes"] = resident_bytes()
+            found["end_bytes"] = resident_bytes()
+        except ParallelError as error:
+            found["error"] = str(error)
+        else:
+            found["latents"] = result_of(output)
+        torch.save({**found, **counts}, Path(results) / f"{job['name']}-rank{rank}.pt")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,126 @@
+"""CFG-parallel on two ranks: what comes out is what one rank alone gives, or a clear refusal."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cfg_ranks
+import pytest
+import torch
+
+pytestmark = pytest.mark.multi_rank
+
+COMMON = {"prompt": "a red circle", "height": 32, "width": 32, "num_inference_steps": 6, "seed": 3}
+NEGATIVE = {"negative_prompt": "a blue square"}
+FLUX = {**COMMON, **NEGATIVE, "true_cfg_scale": 2.0, "max_sequence_length": 16}
+WAN = {**COMMON, **NEGATIVE, "num_frames": 5, "guidance_scale": 4.0}
+EXPERTS = {**WAN, "guidance_scale_2": 3.0}
+IMAGE = {**COMMON, "num_inference_steps": 4, "guidance_scale": 3.0}
+
+EQUAL = [
+    {"name": "flux", "model": "flux", "kwargs": FLUX},
+    {"name": "flux, two prompts", "model": "flux", "kwargs": {**FLUX, "prompt": ["a red circle", "a blue square"]}},
+    {"name": "flux, one step", "model": "flux", "kwargs": {**FLUX, "num_inference_steps": 1}},
+    {"name": "flux, equal prompts", "model": "flux", "kwargs": {**FLUX, "negative_prompt": FLUX["prompt"]}},
+    {"name": "flux, slow rank", "model": "flux", "kwargs": FLUX, "callback": ["slow_rank", 1, 0.1]},
+    {"name": "flux, step cache", "model": "flux", "kwargs": {**FLUX, "num_inference_steps": 12}, "step_cache": 0.2},
+    {"name": "wan t2v", "model": "wan_t2v", "kwargs": EXPERTS},
+    {"name": "wan i2v", "model": "wan_i2v", "kwargs": {**EXPERTS, "image": 32}},
+    {"name": "wan ti2v", "model": "wan_ti2v", "kwargs": {**WAN, "height": 64, "width": 64}},
+    {"name": "wan, guidance pauses", "model": "wan_t2v", "kwargs": EXPERTS, "callback": ["drop_guidance_after", 2]},
+    {"name": "wan, other prompt", "model": "wan_t2v", "kwargs": EXPERTS, "callback": ["other_prompt_after", 2],
+     "callback_inputs": ["latents", "prompt_embeds", "negative_prompt_embeds"]},
+    {"name": "ovis", "model": "ovis_image", "kwargs": {**IMAGE, **NEGATIVE}},
+    {"name": "glm", "model": "glm_image", "kwargs": IMAGE},
+]  # fmt: skip
+REFUSED = {
+    "no guidance": {"model": "flux", "kwargs": {**FLUX, "true_cfg_scale": 1.0}},
+    "other prompt on rank 1": {"model": "flux", "kwargs": FLUX, "on_rank_1": {"prompt": "a blue square"}},
+    "other seed on rank 1": {"model": "flux", "kwargs": FLUX, "on_rank_1": {"seed": 4}},
+    "latents disturbed on rank 1": {"model": "flux", "kwargs": FLUX, "callback": ["disturb_rank", 1, 3]},
+}
+MANY = {"name": "many", "model": "flux", "kwargs": {**FLUX, "num_inference_steps": 2}, "repeat": 50}
+NO_SEED = {"name": "no seed", "model": "flux", "kwargs": {k: v for k, v in FLUX.items() if k != "seed"}}
+
+
+def launch(jobs, folder, *, check=True):
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(cfg_ranks.__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    return subprocess.run(
+        [*command, str(folder / "jobs.json"), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=check, timeout=600,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_model, tmp_path_factory):
+    """What both ranks made of every job, by its name."""
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs = [*EQUAL, NO_SEED, MANY, *({"name": name, **job} for name, job in REFUSED.items())]
+    done = launch([{**job, "model": str(tiny_model(job["model"]))} for job in jobs], folder, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {job["name"]: [torch.load(folder / f"{job['name']}-rank{rank}.pt") for rank in (0, 1)] for job in jobs}
+
+
+@pytest.fixture
+def alone(tiny_model):
+    def run(job):
+        pipe = cfg_ranks.prepared({**job, "model": tiny_model(job["model"])})
+        counts = cfg_ranks.count_blocks(pipe)
+        with torch.no_grad():
+            output = pipe(**cfg_ranks.arguments_of(job), output_type="latent")
+        return cfg_ranks.result_of(output), counts["forwards"]
+
+    return run
+
+
+@pytest.mark.parametrize("job", EQUAL, ids=lambda job: job["name"])
+def test_both_ranks_hold_the_bits_of_the_sequential_run(ranks, alone, job):
+    expected, _ = alone(job)
+    assert torch.isfinite(expected).all()
+    for rank in ranks[job["name"]]:
+        assert "error" not in rank, rank
+        assert torch.equal(rank["latents"], expected)
+
+
+@pytest.mark.parametrize("job", [job for job in EQUAL if job["name"] in {"flux", "wan t2v", "ovis", "glm"}],
+                         ids=lambda job: job["name"])  # fmt: skip
+def test_each_rank_computes_one_branch_per_step_after_the_first(ranks, alone, job):
+    _, forwards = alone(job)
+    for rank in ranks[job["name"]]:
+        assert rank["forwards"] == forwards // 2 + 1
+
+
+def test_without_a_seed_both_ranks_use_the_one_that_was_drawn(ranks):
+    first, second = (rank["latents"] for rank in ranks["no seed"])
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no guidance", "guidance is off: .* turn guidance on"),
+        ("other prompt on rank 1", "^prompt: not the same on all ranks"),
+        ("other seed on rank 1", "^generator: not the same on all ranks"),
+        ("latents disturbed on rank 1", "step 5: the ranks have drifted apart"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_on_both_ranks(ranks, name, reason):
+    for rank in ranks[name]:
+        assert re.search(reason, rank["error"])
+
+
+def test_fifty_generations_in_a_row_take_no_more_memory_than_ten(ranks):
+    for rank in ranks["many"]:
+        assert rank["end_bytes"] - rank["warm_bytes"] < 8 * 2**20
+
+
+def test_a_rank_that_dies_ends_the_other(tiny_model, tmp_path):
+    job = {"name": "dies", "model": str(tiny_model("flux")), "kwargs": FLUX, "callback": ["end_rank", 1, 2]}
+    done = launch([job], tmp_path, check=False)
+    assert done.returncode != 0
+    assert not list(tmp_path.glob("dies-rank*.pt"))
