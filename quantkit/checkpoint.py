@@ -126,8 +126,8 @@ def _open_single_model(folder: Path) -> Pipeline:
     config = read_json(config_path)
     if "_class_name" in config:
         raise CheckpointError(f"{folder}: is one component of a pipeline; give the pipeline's root")
-    match config.get("architectures"):
-        case [str(class_name), *_]:
+    match config:
+        case {"architectures": [str(class_name), *_]} | {"model_type": str(class_name)}:
             component = Component(SINGLE_MODEL, "transformers", class_name, folder)
             return Pipeline(folder, class_name, {SINGLE_MODEL: component})
     raise CheckpointError(f"{config_path}: architectures: is missing; it must name the model's class")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Component
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
+from quantkit.recipe.prompts import read_prompts
 from quantkit.recipe.schema import Sampling, Task
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Linear:
     out_features: int
     keep_reason: str | None
     """Why the family leaves it in 16 bit; None if it is quantized by default."""
+    optional: bool = False
+    """Whether a recipe that names it in ``layers.include`` quantizes it, although there is a reason to keep it."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,14 @@ class Family(ABC):
             CheckpointError: If the configuration does not describe the class.
         """
 
-    def tensor_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor that a checkpoint of the architecture holds."""
+    def tensor_shapes(self, component: Component, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor that a 16-bit checkpoint of the architecture holds.
+
+        Args:
+            component: What is checked; a family may take a tensor of it as it is.
+            model: From `build`.
+        """
+        del component
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     @abstractmethod
@@ -98,6 +107,14 @@ class Family(ABC):
     def quantized_config(self, component: Component, quantization: Mapping[str, Any]) -> dict[str, Any]:
         """Return the component's ``config.json`` with a ``quantization_config`` wherever loaders look for it."""
         return {**component.config, "quantization_config": dict(quantization)}
+
+    def read_calibration(self, path: Path) -> list[Any]:
+        """Read a file of what calibration feeds the model, by default prompts; JSON-ready.
+
+        Raises:
+            RecipeError: If it cannot be read as such.
+        """
+        return list(read_prompts(path))
 
     @abstractmethod
     def load(self, folder: Path, dtype: torch.dtype) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,10 +50,11 @@ class LanguageFamily(Family):
         except MissingDependencyError as error:
             raise MissingExtraError("transformers", "quantize") from error
 
-    def tensor_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(self, component: Component, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor of the checkpoint, each expert's apart."""
         from quantkit_runtime.names import checkpoint_tensors
 
+        del component
         return {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(model).items()}
 
     def linears(self, component: Component, model: torch.nn.Module) -> Iterator[Linear]:
@@ -65,7 +66,7 @@ class LanguageFamily(Family):
         blocks = tuple(f"{name}." for name in self.blocks[component.name])
         names = CheckpointNames(model)
         modules = dict(model.named_modules())
-        for tensor, shape in self.tensor_shapes(model).items():
+        for tensor, shape in self.tensor_shapes(component, model).items():
             if len(shape) != 2 or not tensor.endswith(".weight"):
                 continue
             name = tensor.removesuffix(".weight")
@@ -91,6 +92,28 @@ class LanguageFamily(Family):
                 parent = parent[key]
             parent["quantization_config"] = dict(quantization)
         return config
+
+    def text_model(self, model: Any) -> torch.nn.Module:
+        """Return the part of a loaded model that reads text, its modules named as in the whole; by default all."""
+        whole: torch.nn.Module = model
+        return whole
+
+    def module_names(self, model: torch.nn.Module, layers: Iterable[str]) -> dict[str, str]:
+        """Return what the modules of a loaded model are called that the checkpoint names so; blocks as well."""
+        from quantkit_runtime.names import CheckpointNames
+
+        names = CheckpointNames(model)
+        return {layer: names.module(layer) for layer in layers}
+
+    def load_processor(self, folder: Path) -> Any:
+        """Load what `tokenize` needs, by default the tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    def tokenize(self, processor: Any, sample: Any, max_tokens: int) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for one of `read_calibration`, by default a text, as a batch of one."""
+        return dict(processor(sample, truncation=True, max_length=max_tokens, return_tensors="pt"))
 
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
         """Load the model, see `Family.load`."""

@@ -12,6 +12,10 @@ from quantkit.families.base import Family
 
 # name -> where it is defined, and the classes of pipelines or single models by which it is recognised
 _FAMILIES = {
+    "bagel": (
+        "quantkit.families.bagel:BAGEL",
+        ("BagelForConditionalGeneration", "OmniBagelForConditionalGeneration", "bagel"),
+    ),
     "flux": ("quantkit.families.flux:FLUX", ("FluxPipeline",)),
     "qwen2.5-omni": (
         "quantkit.families.qwen2_5_omni:QWEN2_5_OMNI",

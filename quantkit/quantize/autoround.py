@@ -10,6 +10,7 @@ output. It ends itself when its parent dies.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
+from quantkit.families.language import LanguageFamily
 from quantkit.families.registry import get_family
 from quantkit.quantize.tuning import Job, Layer
 
@@ -31,7 +33,11 @@ if TYPE_CHECKING:
 
 _LOSS = re.compile(r"loss iter 0: (\S+) -> iter (\d+): (\S+)")
 # What auto-round logs, at warning level, when it is about to do something else than it was asked.
-_IGNORED = re.compile(r"will be ignored|is ignored|unrecognized|could not find blocks|not supported", re.IGNORECASE)
+_IGNORED = re.compile(
+    "will be ignored|is ignored|unrecognized|could not find blocks|not supported|forward pass failed|"
+    "insufficient number of samples",
+    re.IGNORECASE,
+)
 
 
 class _Gone(Exception):  # noqa: N818  (no error of a user's: a refusal of the child to go on)
@@ -88,16 +94,64 @@ def _run(job: Job, emit: Callable[..., None], follower: _Follower) -> None:
 
     import torch
     from auto_round import AutoRound, SignRoundConfig
-    from auto_round.calibration import diffusion as calibration
     from auto_round.compressors import orchestrator
     from safetensors.torch import save_file
 
     logging.getLogger("autoround").addHandler(follower)
-    calibration.tqdm = _bar("calibrate", emit, follower)
     orchestrator.tqdm = _bar("tune", emit, follower)
     emit("progress", stage="load", done=0, total=1, detail=job.source)
-    pipe = get_family(job.family).load(Path(job.source), torch.bfloat16)
+    family = get_family(job.family)
+    loaded = family.load(Path(job.source), torch.bfloat16)
     emit("progress", stage="load", done=1, total=1, detail=job.source)
+    renamed: Mapping[str, str] = {}
+    if isinstance(family, LanguageFamily):
+        tuned = family.text_model(loaded)
+        components = dict.fromkeys(job.layers, tuned)
+        renamed = family.module_names(loaded, (name for layers in job.layers.values() for name in layers))
+        blocks = (block for blocks in family.blocks.values() for block in blocks)
+        calibration = _calibrate_by_reading(family, tuned, job, emit)
+        calibration["to_quant_block_names"] = ",".join(family.module_names(loaded, blocks).values())
+    else:
+        tuned = loaded
+        components = {name: getattr(loaded, name) for name in job.layers}
+        calibration = _calibrate_by_drawing(loaded, job, _bar("calibrate", emit, follower))
+    layer_config = {
+        renamed.get(name, name): {"bits": 16} if layer.bits == 16 else asdict(layer)
+        for layers in job.layers.values()
+        for name, layer in layers.items()
+        if layer != job.default
+    }
+    # auto-round collects garbage dozens of times; what is loaded by now need not be walked each time.
+    gc.freeze()
+    tuner = AutoRound(
+        tuned,
+        scheme={**asdict(job.default), "data_type": "int"},
+        alg_configs=SignRoundConfig(
+            iters=job.iters, lr=job.lr, minmax_lr=job.minmax_lr, gradient_accumulate_steps=job.batch_size
+        ),
+        layer_config=layer_config,
+        nsamples=job.nsamples,
+        batch_size=1,
+        device_map=job.device,
+        seed=job.seed,
+        low_cpu_mem_usage=False,
+        enable_torch_compile=False if job.device == "cpu" else None,
+        **calibration,
+    )
+    tuner.quantize()
+    if follower.refusal is not None:
+        raise _Gone(follower.refusal)
+    for component, layers in job.layers.items():
+        packed = dict(_pack(components[component], layers, renamed))
+        save_file(packed, Path(job.result) / f"{component}.safetensors")
+
+
+def _calibrate_by_drawing(pipe: Any, job: Job, bar: type) -> dict[str, Any]:
+    """Let a pipeline draw the calibration images; return what `AutoRound` is to be told of it."""
+    import torch
+    from auto_round.calibration import diffusion
+
+    diffusion.tqdm = bar
     pipe.set_progress_bar_config(disable=True)
     seeds = iter(range(job.noise_seed, job.noise_seed + job.nsamples))
 
@@ -107,41 +161,38 @@ def _run(job: Job, emit: Callable[..., None], follower: _Follower) -> None:
         pipeline(prompts, generator=generator, output_type="latent", **job.call_kwargs)
 
     pipe._autoround_pipeline_fn = draw
-    layer_config = {
-        name: {"bits": 16} if layer.bits == 16 else asdict(layer)
-        for layers in job.layers.values()
-        for name, layer in layers.items()
-        if layer != job.default
+    return {
+        "dataset": job.dataset or [([str(index)], [prompt]) for index, prompt in enumerate(job.prompts)],
+        "calib_num_inference_steps": job.call_kwargs["num_inference_steps"],
+        "guidance_scale": job.call_kwargs.get("guidance_scale", 1.0),
     }
-    # auto-round collects garbage dozens of times; what is loaded by now need not be walked each time.
-    gc.freeze()
-    tuner = AutoRound(
-        pipe,
-        scheme={**asdict(job.default), "data_type": "int"},
-        alg_configs=SignRoundConfig(
-            iters=job.iters, lr=job.lr, minmax_lr=job.minmax_lr, gradient_accumulate_steps=job.batch_size
-        ),
-        layer_config=layer_config,
-        dataset=job.dataset or [([str(index)], [prompt]) for index, prompt in enumerate(job.prompts)],
-        nsamples=job.nsamples,
-        batch_size=1,
-        device_map=job.device,
-        seed=job.seed,
-        low_cpu_mem_usage=False,
-        enable_torch_compile=False if job.device == "cpu" else None,
-        calib_num_inference_steps=job.call_kwargs["num_inference_steps"],
-        guidance_scale=job.call_kwargs.get("guidance_scale", 1.0),
-    )
-    tuner.quantize()
-    if follower.refusal is not None:
-        raise _Gone(follower.refusal)
-    for component, layers in job.layers.items():
-        packed = dict(_pack(getattr(pipe, component), layers))
-        save_file(packed, Path(job.result) / f"{component}.safetensors")
 
 
-def _pack(model: torch.nn.Module, layers: Mapping[str, Layer]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the packed tensors of every tuned layer, by full name."""
+def _calibrate_by_reading(
+    family: LanguageFamily, model: torch.nn.Module, job: Job, emit: Callable[..., None]
+) -> dict[str, Any]:
+    """Let a model read the calibration samples; return what `AutoRound` is to be told of it."""
+    processor = family.load_processor(Path(job.source))
+    done = itertools.count(1)
+
+    def count(*_call: Any) -> None:
+        emit("progress", stage="calibrate", done=next(done), total=job.nsamples, detail="")
+
+    model.register_forward_pre_hook(count)
+    samples = [family.tokenize(processor, sample, job.seqlen) for sample in job.prompts]
+    tokenizer = getattr(processor, "tokenizer", None)
+    return {
+        **({"tokenizer": processor} if tokenizer is None else {"tokenizer": tokenizer, "processor": processor}),
+        "dataset": job.dataset or samples,
+        # auto-round drops texts of fewer tokens, and cuts those of a data set to this length.
+        "seqlen": job.seqlen if job.dataset else 1,
+    }
+
+
+def _pack(
+    model: torch.nn.Module, layers: Mapping[str, Layer], renamed: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the packed tensors of every tuned layer, by full name in the checkpoint."""
     import torch
 
     from quantkit.quantize.plan import PACKING_FORMAT
@@ -149,7 +200,7 @@ def _pack(model: torch.nn.Module, layers: Mapping[str, Layer]) -> Iterator[tuple
     from quantkit_runtime.format import pack
 
     for name, layer in layers.items():
-        module: Any = model.get_submodule(name)
+        module: Any = model.get_submodule(renamed.get(name, name))
         scale = getattr(module, "scale", None)
         if (scale is None) != (layer.bits == 16):
             raise _Gone(f"{name} was {'not ' if scale is None else ''}tuned, against the plan")

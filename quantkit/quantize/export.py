@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,16 +46,26 @@ def is_replaced(component: Component, path: Path) -> bool:
     """
     if path.parent != component.folder:
         return False
-    if path.name == "config.json" or path in component.weight_files:
+    if path.name == "config.json":
         return True
     return is_weight_file(path) and path.name.startswith((*_STEMS, _stem(component)))
 
 
 def _stem(component: Component) -> str:
-    """Return what the weight files of a component are called, without shard number and suffix."""
-    if component.library == "diffusers" or not component.weight_files:
-        return _STEMS[0]
-    return component.weight_files[0].name.removesuffix(".safetensors").partition("-")[0]
+    """Return what a component's weight files are called, without shard number and suffix.
+
+    An index may join files of several names. Those with most of the bytes are the component's own; the others hold
+    another network, such as BAGEL's VAE, and the export leaves them as they are.
+    """
+    sizes: dict[str, int] = {}
+    for info in component.tensors.values():
+        stem = _stem_of(info.file)
+        sizes[stem] = sizes.get(stem, 0) + info.nbytes
+    return max(sizes, key=lambda stem: sizes[stem], default=_STEMS[0])
+
+
+def _stem_of(path: Path) -> str:
+    return path.name.removesuffix(".safetensors").partition("-")[0]
 
 
 def place_untouched(pipeline: Pipeline, quantized: Sequence[str], target: Path) -> None:
@@ -116,9 +126,12 @@ def write_component(
         on_progress: Told after each layer.
     """
     target.mkdir(parents=True, exist_ok=True)
-    stem = _stem(part.component)
-    shards = _assign_shards(part, max_shard_bytes)
-    weight_map: dict[str, str] = {}
+    source_stem = _stem(part.component)
+    stem = _STEMS[0] if part.component.library == "diffusers" else source_stem
+    weight_map = {
+        name: info.file.name for name, info in part.component.tensors.items() if _stem_of(info.file) != source_stem
+    }
+    shards = _assign_shards(part, max_shard_bytes, kept=weight_map.keys())
     done = 0
     for number, entries in enumerate(shards, start=1):
         name = f"{stem}.safetensors"
@@ -134,19 +147,30 @@ def write_component(
                 tensors[entry.name] = read_tensor(entry)
         weight_map |= dict.fromkeys(tensors, name)
         write_tensors(tensors, target / name)
-    if len(shards) > 1:
+    if len(set(weight_map.values())) > 1:
         total = part.nbytes_after
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(target / f"{stem}.safetensors.index.json", index)
+        index_stem = stem if stem in _STEMS else "model"
+        write_json(target / f"{index_stem}.safetensors.index.json", index)
     write_json(target / "config.json", config)
 
 
-def _assign_shards(part: ComponentPlan, max_shard_bytes: int) -> list[list[PlannedLayer | TensorInfo]]:
-    """Split what a component holds, in the source's order, into files of at most the given size."""
+def _assign_shards(
+    part: ComponentPlan, max_shard_bytes: int, kept: Collection[str]
+) -> list[list[PlannedLayer | TensorInfo]]:
+    """Split what a component holds, in the source's order, into files of at most the given size.
+
+    Args:
+        part: The component.
+        max_shard_bytes: The size.
+        kept: Tensors that stay in files of the source.
+    """
     layers = {f"{layer.name}.weight": layer for layer in part.layers}
     shards: list[list[PlannedLayer | TensorInfo]] = [[]]
     size = 0
     for name, info in part.component.tensors.items():
+        if name in kept:
+            continue
         entry = layers.get(name, info)
         if shards[-1] and size + entry.nbytes > max_shard_bytes:
             shards.append([])

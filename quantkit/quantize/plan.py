@@ -145,7 +145,7 @@ def make_plan(pipeline: Pipeline, family: Family, recipe: Recipe) -> Plan:
                 f"{component.folder / 'config.json'}: is quantized already; give the 16-bit original"
             )
         model = family.build(component)
-        _check_weights(component, family.tensor_shapes(model))
+        _check_weights(component, family.tensor_shapes(component, model))
         components.append(_plan_component(component, family, list(family.linears(component, model)), recipe))
     _check_patterns_match(components, recipe)
     if not any(part.layers for part in components):
@@ -210,7 +210,7 @@ def _why_kept(linear: Linear, recipe: Recipe) -> str | None:
         return linear.keep_reason
     if any(fnmatchcase(linear.name, pattern) for pattern in choice.include):
         # A pattern must not silently reach layers that loaders never look for.
-        return linear.keep_reason
+        return None if linear.optional else linear.keep_reason
     return "not in layers.include"
 
 

@@ -37,14 +37,15 @@ class Job:
     """All that the child needs to know.
 
     Attributes:
-        source: Folder of the 16-bit pipeline.
+        source: Folder of the 16-bit model.
         family: Its family's name.
         layers: For each component, every Linear inside its blocks.
         default: The scheme of layers that are nothing special.
-        prompts: One calibration image each; empty if ``dataset`` is given.
+        prompts: One calibration image, text or conversation each; empty if ``dataset`` is given.
         dataset: Name of a data set that auto-round downloads.
-        nsamples: Calibration images.
-        call_kwargs: Of the pipeline, without prompt and generator.
+        nsamples: Calibration images or texts.
+        seqlen: Tokens at most in a text.
+        call_kwargs: Of the pipeline, without prompt and generator; empty for a language model.
         iters: Steps of signed gradient descent per block.
         lr: Learning rate of the rounding; None is 1 / iters.
         minmax_lr: Learning rate of the clipping range; None is lr.
@@ -59,9 +60,10 @@ class Job:
     family: str
     layers: Mapping[str, Mapping[str, Layer]]
     default: Layer
-    prompts: list[str]
+    prompts: list[Any]
     dataset: str | None
     nsamples: int
+    seqlen: int
     call_kwargs: Mapping[str, Any]
     iters: int
     lr: float | None

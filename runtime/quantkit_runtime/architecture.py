@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch import nn
 from quantkit_runtime.config import without_quantization
 from quantkit_runtime.errors import CheckpointFormatError
 from quantkit_runtime.optional import import_optional
+
+# Models that only this package has a class for: model_type -> where.
+_OWN_CLASSES = {"bagel": ("quantkit_runtime.models.bagel", "Bagel")}
 
 
 def class_of(config: Mapping[str, Any], path: Path) -> Any:
@@ -29,6 +33,9 @@ def class_of(config: Mapping[str, Any], path: Path) -> Any:
         CheckpointFormatError: It names no class of the installed libraries.
         MissingDependencyError: The library is not installed.
     """
+    if is_own(config):
+        module, name = _OWN_CLASSES[config["model_type"]]
+        return getattr(import_module(module), name)
     if "_class_name" in config:
         return find_class("diffusers", config["_class_name"], path)
     architectures = config.get("architectures")
@@ -39,6 +46,11 @@ def class_of(config: Mapping[str, Any], path: Path) -> Any:
         known = import_optional("transformers.models.auto.modeling_auto").MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
         name = known.get(config.get("model_type"), name)
     return find_class("transformers", name, path)
+
+
+def is_own(config: Mapping[str, Any]) -> bool:
+    """Whether the class of a ``config.json`` is one of this package, with a method ``from_folder``."""
+    return config.get("model_type") in _OWN_CLASSES
 
 
 def find_class(library: str, name: str, path: Path) -> Any:

@@ -26,14 +26,14 @@ from quantkit_runtime.swap import swap_packed
 def assemble(
     folder: Path,
     build: Callable[[], nn.Module],
-    quantization: QuantizationConfig,
+    quantization: QuantizationConfig | None,
     *,
     device: torch.device,
     dtype: torch.dtype,
     compute: str,
     backend: str,
 ) -> nn.Module:
-    """Load a packed model in evaluation mode, without gradients.
+    """Load a model in evaluation mode, without gradients.
 
     The checkpoint's tensors decide which layers are packed and the configuration must agree; afterwards every
     tensor of the checkpoint has been used and every parameter and buffer of the model has a value.
@@ -41,7 +41,7 @@ def assemble(
     Args:
         folder: Holds ``config.json`` and the weights.
         build: Makes the unquantized architecture; called where parameters land on the meta device.
-        quantization: The folder's parsed ``quantization_config``.
+        quantization: The folder's parsed ``quantization_config``; None if no layer is packed.
         device: Where the tensors go.
         dtype: For floating tensors of layers that are not packed, except those the model class keeps in float32.
         compute: See :meth:`W4A16Linear.prepare`.
@@ -56,7 +56,7 @@ def assemble(
     with _empty_parameters(), _default_dtype(dtype):
         model = build()
     names = CheckpointNames(model)
-    targets = swap_packed(model, files, names, quantization, device)
+    targets = {} if quantization is None else swap_packed(model, files, names, quantization, device)
     _fill(model, files, names, targets, device, dtype)
     _compute_buffers(model)
     model.to(device)  # non-persistent buffers were computed on the CPU

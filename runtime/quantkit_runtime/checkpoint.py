@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ DTYPE_BYTES: Mapping[str, float] = {
 }  # fmt: skip
 # diffusers' and transformers' own names, in this order; auto-round writes the second one for both.
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+# BAGEL's own names: the model, and beside it the VAE. Its first copies have no index.
+_BAGEL_FILES = ("ema.safetensors", "ae.safetensors")
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 _MAX_HEADER_BYTES = 100 * 2**20
 
@@ -75,6 +77,8 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
         single = folder / f"{stem}.safetensors"
         if single.is_file():
             return read_header(single)
+    if (folder / _BAGEL_FILES[0]).is_file():
+        return _read_together(folder / name for name in _BAGEL_FILES if (folder / name).is_file())
     pickled = sorted(path for path in folder.glob("*") if path.suffix in _PICKLE_SUFFIXES)
     if pickled:
         raise CheckpointFormatError(f"{pickled[0]}: is in pickle form; convert it to safetensors")
@@ -88,17 +92,22 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
     for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointFormatError(f"{index}: weight_map: {shard!r} is no file name")
-    tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(set(weight_map.values())):
-        held = read_header(folder / shard)
-        if twice := sorted(held.keys() & tensors.keys()):
-            raise CheckpointFormatError(f"{folder / shard}: {twice[0]}: {tensors[twice[0]].file.name} holds it too")
-        tensors |= held
+    tensors = _read_together(folder / shard for shard in sorted(set(weight_map.values())))
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
             raise CheckpointFormatError(f"{folder / shard}: lacks the tensor {name} that {index.name} places there")
     if unnamed := sorted(tensors.keys() - weight_map.keys()):
         raise CheckpointFormatError(f"{index}: weight_map: does not name {unnamed[0]}, which a shard holds")
+    return tensors
+
+
+def _read_together(files: Iterable[Path]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        held = read_header(file)
+        if twice := sorted(held.keys() & tensors.keys()):
+            raise CheckpointFormatError(f"{file}: {twice[0]}: {tensors[twice[0]].file.name} holds it too")
+        tensors |= held
     return tensors
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit_runtime.architecture import build_transformers, class_of, find_class, library_errors
+from quantkit_runtime.architecture import build_transformers, class_of, find_class, is_own, library_errors
 from quantkit_runtime.assembly import assemble
 from quantkit_runtime.checkpoint import WeightFiles, read_json
 from quantkit_runtime.config import QuantizationConfig, quantization_of
@@ -74,7 +74,7 @@ def load_pipeline(
             WeightFiles(folder / name)  # damage shows here, with the file's name
             continue
         model_class = find_class(entry[0], entry[1], index_path)
-        packed[name] = _load_packed(
+        packed[name] = _assemble(
             folder / name, model_class, quantization, target, dtype, compute=compute, backend=backend
         )
     with library_errors(folder):
@@ -92,7 +92,7 @@ def load_model(
     compute: str = "auto",
     backend: str = "auto",
 ) -> nn.Module:
-    """Load one model, packed or not: a transformers model or a single diffusers component.
+    """Load one model, packed or not: a transformers model, a single diffusers component, or a BAGEL.
 
     Args:
         path: A local folder with ``config.json``, or a hub id.
@@ -115,8 +115,8 @@ def load_model(
     config = read_json(config_path)
     model_class = class_of(config, config_path)
     quantization = quantization_of(config, config_path)
-    if quantization is not None:
-        return _load_packed(folder, model_class, quantization, target, dtype, compute=compute, backend=backend)
+    if quantization is not None or is_own(config):
+        return _assemble(folder, model_class, quantization, target, dtype, compute=compute, backend=backend)
     WeightFiles(folder)
     with library_errors(folder):
         model: nn.Module = model_class.from_pretrained(
@@ -125,20 +125,19 @@ def load_model(
         return model.to(target).eval()
 
 
-def _load_packed(
+def _assemble(
     folder: Path,
     model_class: Any,
-    quantization: QuantizationConfig,
+    quantization: QuantizationConfig | None,
     device: torch.device,
     dtype: torch.dtype,
     *,
     compute: str,
     backend: str,
 ) -> nn.Module:
-    build = _diffusers_builder if hasattr(model_class, "load_config") else _transformers_builder
     model = assemble(
         folder,
-        build(folder, model_class, dtype),
+        _builder(folder, model_class, dtype),
         quantization,
         device=device,
         dtype=dtype,
@@ -152,6 +151,14 @@ def _load_packed(
         with library_errors(folder):
             load_speakers(folder / _SPEAKERS)  # transformers admits nothing but tensors in it
     return model
+
+
+def _builder(folder: Path, model_class: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    if hasattr(model_class, "from_folder"):  # one of this package
+        return lambda: model_class.from_folder(folder)
+    if hasattr(model_class, "load_config"):
+        return _diffusers_builder(folder, model_class, dtype)
+    return _transformers_builder(folder, model_class, dtype)
 
 
 def _diffusers_builder(folder: Path, model_class: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:

@@ -362,11 +362,11 @@ BREAKAGES = {
     ),
     "truncated packed weights": (
         lambda f: truncate(f / "transformer" / "diffusion_pytorch_model.safetensors"),
-        "transformer/diffusion_pytorch_model.safetensors: truncated or damaged",
+        "transformer/diffusion_pytorch_model.safetensors: is truncated: ",
     ),
     "truncated 16-bit weights": (
         lambda f: truncate(f / "text_encoder_2" / "model.safetensors"),
-        "text_encoder_2/model.safetensors: truncated or damaged",
+        "text_encoder_2/model.safetensors: is truncated: ",
     ),
     "other group size than stored": (
         lambda f: edit_config(f, group_size=32),
@@ -417,7 +417,7 @@ BREAKAGES = {
     ),
     "no safetensors": (
         lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
-        "vae: no safetensors weights found",
+        "vae: holds no safetensors weights",
     ),
     "two quantization_configs that differ": (
         lambda f: (f / "transformer" / "config.json").write_text(

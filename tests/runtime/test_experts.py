@@ -114,7 +114,11 @@ def test_a_missing_an_unknown_and_a_misshapen_tensor_are_named():
     state["1.up_proj.scales"] = state["1.up_proj.scales"][:, :8]
     with pytest.raises(RuntimeError) as caught:
         layer.load_state_dict(state)
-    for part in ('Missing key(s) in state_dict: "0.gate_proj.qweight"', "9.gate_proj.qweight", "1.up_proj.scales: ("):
+    for part in (
+        'Missing key(s) in state_dict: "0.gate_proj.qweight"',
+        "9.gate_proj.qweight",
+        "1.up_proj.scales: (",
+    ):
         assert part in str(caught.value)
 
 

@@ -1,0 +1,104 @@
+"""BAGEL: one decoder with an expert that understands text and images, and one that draws.
+
+Quantized is the understanding expert. The drawing expert (names with ``_moe_gen``) runs dozens of times for one
+image, which adds up its errors, and text does not calibrate it: it stays in 16 bit unless a recipe names it in
+``layers.include``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from quantkit.checkpoint import Component
+from quantkit.errors import CheckpointError
+from quantkit.families.base import Linear
+from quantkit.families.language import LanguageFamily
+from quantkit.recipe.schema import Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+_VAE = ("encoder.", "decoder.")
+
+
+@dataclass(frozen=True)
+class BagelFamily(LanguageFamily):
+    """The family of BAGEL, whose class is `quantkit_runtime.models.bagel.Bagel`."""
+
+    def build(self, component: Component) -> torch.nn.Module:
+        """Build all but the VAE, see `quantkit.families.base.Family.build`."""
+        import torch
+
+        from quantkit_runtime.errors import CheckpointFormatError
+        from quantkit_runtime.models.bagel import Bagel
+
+        try:
+            with torch.device("meta"):
+                return Bagel.from_folder(component.folder)
+        except CheckpointFormatError as error:
+            raise CheckpointError(str(error)) from error
+
+    def tensor_shapes(self, component: Component, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        """Add the VAE as it is: its tensors lie beside the model's, and nothing here runs them."""
+        vae = {name: info.shape for name, info in component.tensors.items() if name.startswith(_VAE)}
+        return super().tensor_shapes(component, model) | vae
+
+    def linears(self, component: Component, model: torch.nn.Module) -> Iterator[Linear]:
+        """Yield every Linear; those of the drawing expert are optional."""
+        for linear in super().linears(component, model):
+            if linear.keep_reason is None and "_moe_gen" in linear.name:
+                yield replace(linear, keep_reason="of the drawing expert", optional=True)
+            else:
+                yield linear
+
+    def text_model(self, model: Any) -> torch.nn.Module:
+        """Return the decoder, see `LanguageFamily.text_model`."""
+        return _text_model(model)
+
+    def tokenize(self, processor: Any, sample: str, max_tokens: int) -> dict[str, torch.Tensor]:
+        """Put a text between BAGEL's marks of begin and end, see `LanguageFamily.tokenize`."""
+        import torch
+
+        begin, end = processor.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        tokens = processor(sample, add_special_tokens=False, truncation=True, max_length=max_tokens - 2)
+        return {"input_ids": torch.tensor([[begin, *tokens["input_ids"], end]])}
+
+
+def _text_model(bagel: Any) -> torch.nn.Module:
+    import torch
+    from transformers import PretrainedConfig
+
+    class TextModel(torch.nn.Module):
+        """The decoder alone, with what auto-round asks of a model."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.language_model = bagel.language_model
+            # Named by no model_type: auto-round would replace what it takes for a BAGEL.
+            self.config = PretrainedConfig()
+            self.name_or_path = ""
+
+        @property
+        def device(self) -> torch.device:
+            return next(self.parameters()).device
+
+        @property
+        def dtype(self) -> torch.dtype:
+            return next(self.parameters()).dtype
+
+        def forward(self, input_ids: torch.Tensor, **_masks: Any) -> torch.Tensor:
+            # auto-round masks the last token; a causal decoder needs no mask for a text that is not padded.
+            result: torch.Tensor = self.language_model(input_ids)
+            return result
+
+    return TextModel()
+
+
+BAGEL = BagelFamily(
+    name="bagel",
+    task="chat",
+    blocks={"model": ("language_model.model.layers",)},
+    sampling=Sampling(),
+)

@@ -1,0 +1,1 @@
+"""Architectures that neither diffusers nor transformers has, one file each."""

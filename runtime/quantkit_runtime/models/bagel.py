@@ -1,0 +1,270 @@
+"""BAGEL: one decoder with two experts in every layer, a SigLIP tower to see with and flow matching to draw with.
+
+A Mixture of Transformers: tokens of both kinds attend to each other, but each kind has its own projections, norms
+and MLPs. Text and images to be understood go through the plain modules, latents to be generated through those whose
+names end in ``_moe_gen``. Modules are named as the tensors of ``ema.safetensors``; the VAE lies apart from them in
+``ae.safetensors`` and is not part of this class.
+
+Shapes: B batch, T tokens, C channels, H heads, D channels of one head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quantkit_runtime.models.bagel_config import BagelConfig, TextConfig
+from quantkit_runtime.models.bagel_vision import TwoLayerMLP, VisionTransformer
+
+_TIMESTEP_FREQUENCIES = 256
+_MAX_TIMESTEP_PERIOD = 10_000
+
+
+def _route(
+    und: Callable[[Tensor], Tensor], gen: Callable[[Tensor], Tensor], x: Tensor, latent: Tensor | None
+) -> Tensor:
+    """Send every token to its expert.
+
+    Args:
+        und: Understanding expert.
+        gen: Generation expert.
+        x: (B, T, ...).
+        latent: (B, T) bool, True for tokens of the generation expert; None if there are none.
+    """
+    if latent is None:
+        return und(x)
+    understood = und(x[~latent])
+    result = understood.new_empty(*latent.shape, *understood.shape[1:])
+    result[~latent] = understood
+    result[latent] = gen(x[latent])
+    return result
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn queries or keys (B, H, T, D) to their positions; cos and sin are (1, T, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; queries and keys are normalized per head before they are rotated."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries)
+        self.k_proj = nn.Linear(config.hidden_size, keys)
+        self.v_proj = nn.Linear(config.hidden_size, keys)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.q_proj_moe_gen = nn.Linear(config.hidden_size, queries)
+        self.k_proj_moe_gen = nn.Linear(config.hidden_size, keys)
+        self.v_proj_moe_gen = nn.Linear(config.hidden_size, keys)
+        self.o_proj_moe_gen = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm_moe_gen = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm_moe_gen = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        latent: Tensor | None,
+    ) -> Tensor:
+        """See `DecoderLayer.forward`."""
+        query = self._split(_route(self.q_proj, self.q_proj_moe_gen, hidden_states, latent))
+        key = self._split(_route(self.k_proj, self.k_proj_moe_gen, hidden_states, latent))
+        value = self._split(_route(self.v_proj, self.v_proj_moe_gen, hidden_states, latent)).transpose(1, 2)
+        query = _route(self.q_norm, self.q_norm_moe_gen, query, latent).transpose(1, 2)
+        key = _route(self.k_norm, self.k_norm_moe_gen, key, latent).transpose(1, 2)
+        attended = functional.scaled_dot_product_attention(
+            _rotate(query, *position_embeddings),
+            _rotate(key, *position_embeddings),
+            value,
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None,
+            enable_gqa=True,
+        )
+        return _route(self.o_proj, self.o_proj_moe_gen, attended.transpose(1, 2).flatten(2), latent)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, T, H * D) to (B, T, H, D)."""
+        return x.view(*x.shape[:-1], -1, self.head_dim)
+
+
+class MLP(nn.Module):
+    """Gated MLP of one expert."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C) to (..., C)."""
+        result: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return result
+
+
+class DecoderLayer(nn.Module):
+    """One layer with both experts."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.mlp_moe_gen = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm_moe_gen = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm_moe_gen = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        latent: Tensor | None = None,
+    ) -> Tensor:
+        """Run the layer.
+
+        Args:
+            hidden_states: (B, T, C).
+            position_embeddings: Cosine and sine of the rotary angles, each (1, T, D).
+            attention_mask: Bool (B or 1, 1, T, T), True where a query may look; None is causal.
+            latent: Bool (B, T), True for tokens of the generation expert; None if there are none.
+
+        Returns:
+            (B, T, C).
+        """
+        normed = _route(self.input_layernorm, self.input_layernorm_moe_gen, hidden_states, latent)
+        hidden_states = hidden_states + self.self_attn(normed, position_embeddings, attention_mask, latent)
+        normed = _route(self.post_attention_layernorm, self.post_attention_layernorm_moe_gen, hidden_states, latent)
+        return hidden_states + _route(self.mlp, self.mlp_moe_gen, normed, latent)
+
+
+class Decoder(nn.Module):
+    """The layers, from embedded tokens to normed hidden states."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_moe_gen = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: Tensor, *, attention_mask: Tensor | None = None, latent: Tensor | None = None
+    ) -> Tensor:
+        """Run all layers on (B, T, C); positions are 0 to T - 1. See `DecoderLayer.forward` for the rest."""
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        position_embeddings = self._rotary_angles(positions, hidden_states.dtype)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, latent=latent
+            )
+        return _route(self.norm, self.norm_moe_gen, hidden_states, latent)
+
+    def _rotary_angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        exponents = torch.arange(0, self.head_dim, 2, device=positions.device).float() / self.head_dim
+        angles = positions.float()[:, None] / self.rope_theta**exponents
+        angles = torch.cat((angles, angles), dim=-1)[None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class LanguageModel(nn.Module):
+    """The decoder and its head."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """See `Bagel.forward`."""
+        logits: Tensor = self.lm_head(self.model(self.model.embed_tokens(input_ids)))
+        return logits
+
+
+class PositionTable(nn.Module):
+    """Fixed position embeddings of a square grid, as stored in the checkpoint."""
+
+    def __init__(self, positions: int, hidden_size: int) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(positions, hidden_size), requires_grad=False)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Look up int64 positions of any shape; one row of channels for each."""
+        return self.pos_embed[positions]
+
+
+class TimestepEmbedder(nn.Module):
+    """Embeds the time of flow matching."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(_TIMESTEP_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Map timesteps (N,) in [0, 1] to (N, C)."""
+        half = _TIMESTEP_FREQUENCIES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+        angles = timesteps.float()[:, None] * torch.exp(-math.log(_MAX_TIMESTEP_PERIOD) / half * steps)
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        result: Tensor = self.mlp(waves.to(self.mlp.get_parameter("0.weight").dtype))
+        return result
+
+
+class Bagel(nn.Module):
+    """A whole BAGEL model but for its VAE.
+
+    Calling it reads text: token ids to logits.
+    """
+
+    # The VAE's, which lie beside the model's own.
+    _keys_to_ignore_on_load_unexpected = (r"^(encoder|decoder)\.",)
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        hidden_size = config.text.hidden_size
+        self.config = config
+        self.language_model = LanguageModel(config.text)
+        self.vit_model = nn.ModuleDict({"vision_model": VisionTransformer(config.vision)})
+        self.connector = TwoLayerMLP(config.vision.hidden_size, hidden_size, hidden_size)
+        self.vit_pos_embed = PositionTable(config.image_positions, hidden_size)
+        self.time_embedder = TimestepEmbedder(hidden_size)
+        self.latent_pos_embed = PositionTable(config.latent_positions, hidden_size)
+        self.vae2llm = nn.Linear(config.latent_dim, hidden_size)
+        self.llm2vae = nn.Linear(hidden_size, config.latent_dim)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Bagel:
+        """Build the model that the configuration files of a folder describe, without loading its weights.
+
+        Raises:
+            CheckpointFormatError: See `BagelConfig.read`.
+        """
+        return cls(BagelConfig.read(folder))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the logits of the next token after each token of a text.
+
+        Args:
+            input_ids: Int64 (B, T). Texts of a batch may be padded at their ends: no token looks ahead.
+
+        Returns:
+            (B, T, vocabulary), in the model's dtype.
+        """
+        logits: Tensor = self.language_model(input_ids)
+        return logits
