@@ -11,7 +11,7 @@ whatever the library calls the module that it loads them into.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,20 @@ class Family(ABC):
             RecipeError: If it cannot be read as such.
         """
         return list(read_prompts(path))
+
+    def check_calibration(self, folder: Path, samples: Sequence[Any], max_tokens: int) -> None:
+        """Refuse what the model could not be fed with, before any time is spent; by default nothing.
+
+        Args:
+            folder: Of the model.
+            samples: From `read_calibration`.
+            max_tokens: Of a sample.
+
+        Raises:
+            CheckpointError: If the model lacks what it takes to read the samples.
+            RecipeError: If a sample does not fit.
+        """
+        del folder, samples, max_tokens
 
     @abstractmethod
     def load(self, folder: Path, dtype: torch.dtype) -> Any:

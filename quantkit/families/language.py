@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,12 @@ class LanguageFamily(Family):
         """Return the part of a loaded model that reads text, its modules named as in the whole; by default all."""
         whole: torch.nn.Module = model
         return whole
+
+    def check_calibration(self, folder: Path, samples: Sequence[Any], max_tokens: int) -> None:
+        """Try to turn every sample into the model's inputs, see `Family.check_calibration`."""
+        processor = self.load_processor(folder) if samples else None
+        for sample in samples:
+            self.tokenize(processor, sample, max_tokens)
 
     def module_names(self, model: torch.nn.Module, layers: Iterable[str]) -> dict[str, str]:
         """Return what the modules of a loaded model are called that the checkpoint names so; blocks as well."""

@@ -85,6 +85,7 @@ def prepare(loaded: LoadedRecipe, source: Path) -> Prepared:
     for section in (recipe.calibration, recipe.compare, recipe.serve):
         family.sampling_for(recipe.sampling, section)
     prompts = _calibration_samples(loaded, family) if recipe.scheme.tuned else []
+    family.check_calibration(source, prompts, recipe.scheme.seqlen)
     return Prepared(loaded, family, make_plan(pipeline, family, recipe), prompts)
 
 
