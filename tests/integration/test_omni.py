@@ -257,9 +257,7 @@ def test_a_configuration_in_the_stages_section_alone_is_enough(rounded, tmp_path
     assert any(isinstance(module, W4A16Linear) for module in quantkit_runtime.load_model(folder).modules())
     config["quantization_config"] = {"quant_method": "auto-round", "bits": 8, "group_size": 64, "sym": True}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        CheckpointFormatError, match=r"text_config\.quantization_config: differs from quantization_c"
-    ):
+    with pytest.raises(CheckpointFormatError, match=r"text_config\.quantization_config: differs from quant"):
         quantkit_runtime.load_model(folder)
 
 

@@ -54,9 +54,9 @@ SOUND = {"messages": [{"role": "user", "content": "a"}]}
         ("{", ":2: is not JSON"),
         ({"messages": []}, ":2: messages: is missing or empty"),
         ({"prompt": "a"}, ":2: messages: is missing or empty"),
-        ({"messages": [{"role": "boss", "content": "a"}]}, ":2: messages[0]: role: must be one of system, user, assist"),
+        ({"messages": [{"role": "boss", "content": "a"}]}, ":2: messages[0]: role: must be one of system, user"),
         ({"messages": [{"role": "user"}]}, ":2: messages[0]: content: must be a text or a list of parts"),
-        ({"messages": [{"role": "user", "content": []}]}, ":2: messages[0]: content: must be a text or a list of parts"),
+        ({"messages": [{"role": "user", "content": []}]}, ":2: messages[0]: content: must be a text or a list of"),
         (
             {"messages": [{"role": "user", "content": [{"type": "video", "video": "a"}]}]},
             ":2: messages[0]: content[0]: type: must be one of text, image, audio",
