@@ -13,7 +13,7 @@ def hub(monkeypatch, tmp_path):
     def serve(*files):
         asked = []
 
-        def download(_hub_id, revision=None, allow_patterns=None, ignore_patterns=None):
+        def download(_hub_id, allow_patterns=None, ignore_patterns=None, **_given):
             asked.append(ignore_patterns or allow_patterns)
             for name in files:
                 if allow_patterns is None or name in allow_patterns:
