@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantkit.cli.console import gigabytes, new_table, output
-from quantkit.cli.models import resolve_model
+from quantkit.cli.console import gigabytes, output
+from quantkit.cli.models import resolve_for_plan, resolve_model
+from quantkit.cli.plan import print_plan
 from quantkit.cli.progress import Bar
 from quantkit.recipe import find_recipe, load_recipe
 
 if TYPE_CHECKING:
-    from quantkit.quantize.plan import Plan
     from quantkit.quantize.run import Quantized
 
 _STAGES = {
@@ -52,12 +53,19 @@ def command(
         name = Path(model).resolve().name if Path(model).is_dir() else model
         given.append(f"model.id={json.dumps(name)}")  # in quotes: a folder may be called 1e5 or null
     loaded = load_recipe(find_recipe(recipe), given)
-    source = resolve_model(model or loaded.recipe.model.id, loaded.recipe.model.revision)
+    if dry_run:  # transformers warns of keys that no plan depends on, and reads its level when it is imported
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    resolve = resolve_for_plan if dry_run else resolve_model
+    source = resolve(model or loaded.recipe.model.id, loaded.recipe.model.revision)
 
     from quantkit.quantize.run import prepare, quantize
 
     prepared = prepare(loaded, source)
-    _print_plan(prepared.plan)
+    title = f"Plan: {source}"
+    if not isinstance(source, Path):
+        output.print("no weights here: planned from the published configuration", highlight=False)
+        title = f"Plan: {loaded.recipe.model.id}"
+    print_plan(prepared.plan, title)
     if dry_run:
         return
     target = output_folder or _default_output(loaded.recipe.model.id, loaded.recipe.scheme.bits)
@@ -83,40 +91,6 @@ def _device(text: str) -> str:
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else str(accelerator)
-
-
-def _print_plan(plan: Plan) -> None:
-    table = new_table(
-        f"Plan: {plan.pipeline.folder}",
-        *("component", "scheme", "layers", "16-bit Linears", "before", "after", "ratio"),
-        right=("layers", "16-bit Linears", "before", "after", "ratio"),
-    )
-    planned = {part.component.name: part for part in plan.components}
-    for name, component in plan.pipeline.components.items():
-        if name not in planned:
-            if component.tensors:
-                size = gigabytes(component.nbytes)
-                table.add_row(name, "as in the source", "", "", size, size, "1.00")
-            continue
-        part = planned[name]
-        schemes: dict[str, int] = {}
-        for layer in part.layers:
-            scheme = layer.scheme
-            label = f"W{scheme.bits} g{scheme.group_size} {'sym' if scheme.sym else 'asym'}"
-            schemes[label] = schemes.get(label, 0) + 1
-        table.add_row(
-            name,
-            "\n".join(schemes),
-            "\n".join(map(str, schemes.values())),
-            str(len(part.kept)),
-            gigabytes(part.nbytes_before),
-            gigabytes(part.nbytes_after),
-            f"{part.nbytes_after / part.nbytes_before:.2f}",
-        )
-    before, after = plan.nbytes_before, plan.nbytes_after
-    table.add_section()
-    table.add_row("all", "", "", "", gigabytes(before), gigabytes(after), f"{after / before:.2f}")
-    output.print(table)
 
 
 def _print_result(result: Quantized, target: Path) -> None:

@@ -10,22 +10,22 @@ output. It ends itself when its parent dies.
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import logging
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
-from quantkit.families.language import LanguageFamily
+from quantkit.families.base import Family
 from quantkit.families.registry import get_family
 from quantkit.quantize.tuning import Job, Layer
+from quantkit.recipe.prompts import Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +33,7 @@ if TYPE_CHECKING:
 
 _LOSS = re.compile(r"loss iter 0: (\S+) -> iter (\d+): (\S+)")
 # What auto-round logs, at warning level, when it is about to do something else than it was asked.
-_IGNORED = re.compile(
-    "will be ignored|is ignored|unrecognized|could not find blocks|not supported|forward pass failed|"
-    "insufficient number of samples",
-    re.IGNORECASE,
-)
+_IGNORED = re.compile(r"will be ignored|is ignored|unrecognized|could not find blocks|not supported", re.IGNORECASE)
 
 
 class _Gone(Exception):  # noqa: N818  (no error of a user's: a refusal of the child to go on)
@@ -55,6 +51,7 @@ class _Follower(logging.Handler):
     def __init__(self, emit: Callable[..., None]) -> None:
         super().__init__()
         self._emit = emit
+        self.component = ""
         self.block = ""
         self.refusal: str | None = None
         self.last_error = ""
@@ -62,7 +59,9 @@ class _Follower(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         if match := _LOSS.search(message):
-            self._emit("loss", block=self.block, before=float(match[1]), after=float(match[3]))
+            self._emit(
+                "loss", component=self.component, block=self.block, before=float(match[1]), after=float(match[3])
+            )
         if record.levelno >= logging.WARNING and _IGNORED.search(message) and self.refusal is None:
             self.refusal = message
         if record.levelno >= logging.ERROR:
@@ -94,105 +93,102 @@ def _run(job: Job, emit: Callable[..., None], follower: _Follower) -> None:
 
     import torch
     from auto_round import AutoRound, SignRoundConfig
+    from auto_round.algorithms.block_runner import register_diffusion_output
+    from auto_round.calibration import diffusion as calibration
     from auto_round.compressors import orchestrator
     from safetensors.torch import save_file
 
     logging.getLogger("autoround").addHandler(follower)
+    calibration.tqdm = _bar("calibrate", emit, follower)
     orchestrator.tqdm = _bar("tune", emit, follower)
     emit("progress", stage="load", done=0, total=1, detail=job.source)
     family = get_family(job.family)
-    loaded = family.load(Path(job.source), torch.bfloat16)
+    pipe = family.load(Path(job.source), torch.bfloat16)
     emit("progress", stage="load", done=1, total=1, detail=job.source)
-    renamed: Mapping[str, str] = {}
-    if isinstance(family, LanguageFamily):
-        tuned = family.text_model(loaded)
-        components = dict.fromkeys(job.layers, tuned)
-        renamed = family.module_names(loaded, (name for layers in job.layers.values() for name in layers))
-        blocks = (block for blocks in family.blocks.values() for block in blocks)
-        calibration = _calibrate_by_reading(family, tuned, job, emit)
-        calibration["to_quant_block_names"] = ",".join(family.module_names(loaded, blocks).values())
-    else:
-        tuned = loaded
-        components = {name: getattr(loaded, name) for name in job.layers}
-        calibration = _calibrate_by_drawing(loaded, job, _bar("calibrate", emit, follower))
-    layer_config = {
-        renamed.get(name, name): {"bits": 16} if layer.bits == 16 else asdict(layer)
-        for layers in job.layers.values()
-        for name, layer in layers.items()
-        if layer != job.default
-    }
+    pipe.set_progress_bar_config(disable=True)
+    for class_name, outputs in family.block_outputs.items():
+        register_diffusion_output(class_name, list(outputs))
+    prompts = job.prompts or _download_prompts(job, family)
     # auto-round collects garbage dozens of times; what is loaded by now need not be walked each time.
     gc.freeze()
-    tuner = AutoRound(
-        tuned,
-        scheme={**asdict(job.default), "data_type": "int"},
-        alg_configs=SignRoundConfig(
-            iters=job.iters, lr=job.lr, minmax_lr=job.minmax_lr, gradient_accumulate_steps=job.batch_size
-        ),
-        layer_config=layer_config,
-        nsamples=job.nsamples,
-        batch_size=1,
-        device_map=job.device,
-        seed=job.seed,
-        low_cpu_mem_usage=False,
-        enable_torch_compile=False if job.device == "cpu" else None,
-        **calibration,
-    )
-    tuner.quantize()
-    if follower.refusal is not None:
-        raise _Gone(follower.refusal)
     for component, layers in job.layers.items():
-        packed = dict(_pack(components[component], layers, renamed))
-        save_file(packed, Path(job.result) / f"{component}.safetensors")
+        follower.component = component
+        model = getattr(pipe, component)
+        blocks = [
+            [f"{path}.{index}" for index in range(len(model.get_submodule(path)))]
+            for path in family.blocks[component]
+        ]
+        tuner = AutoRound(
+            _expose(pipe, component, family, prompts, job),
+            scheme={**asdict(job.default), "data_type": "int"},
+            alg_configs=SignRoundConfig(
+                iters=job.iters, lr=job.lr, minmax_lr=job.minmax_lr, gradient_accumulate_steps=job.batch_size
+            ),
+            to_quant_block_names=blocks,
+            layer_config={
+                name: {"bits": 16} if layer.bits == 16 else asdict(layer)
+                for name, layer in layers.items()
+                if layer != job.default
+            },
+            dataset=[([str(index)], [index]) for index in range(job.nsamples)],
+            nsamples=job.nsamples,
+            batch_size=1,
+            device_map=job.device,
+            seed=job.seed,
+            low_cpu_mem_usage=False,
+            enable_torch_compile=False if job.device == "cpu" else None,
+            calib_num_inference_steps=job.call_kwargs["num_inference_steps"],
+        )
+        tuner.quantize()
+        if follower.refusal is not None:
+            raise _Gone(follower.refusal)
+        save_file(dict(_pack(model, layers)), Path(job.result) / f"{component}.safetensors")
 
 
-def _calibrate_by_drawing(pipe: Any, job: Job, bar: type) -> dict[str, Any]:
-    """Let a pipeline draw the calibration images; return what `AutoRound` is to be told of it."""
+def _expose(pipe: Any, component: str, family: Family, prompts: Sequence[Prompt], job: Job) -> Any:
+    """Return a pipeline that has but one transformer, and that draws with the whole one when it is called.
+
+    auto-round tunes ``transformer``, and whatever else has such a name with the same settings. Here every component
+    has its own run and its own settings, and the calls are ours: auto-round would start every prompt from the same
+    noise, know only part of the arguments, and decode pictures that nobody looks at.
+    """
     import torch
-    from auto_round.calibration import diffusion
+    from diffusers import DiffusionPipeline
 
-    diffusion.tqdm = bar
-    pipe.set_progress_bar_config(disable=True)
-    seeds = iter(range(job.noise_seed, job.noise_seed + job.nsamples))
+    class Exposed(DiffusionPipeline):  # type: ignore[misc]
+        def __init__(self, transformer: torch.nn.Module) -> None:
+            super().__init__()
+            self.register_modules(transformer=transformer)
 
-    def draw(pipeline: Any, prompts: list[str], **_given: Any) -> None:
-        # auto-round would start every prompt from the same noise, and decode images that nobody looks at.
-        generator = torch.Generator("cpu").manual_seed(next(seeds))
-        pipeline(prompts, generator=generator, output_type="latent", **job.call_kwargs)
+        def __call__(self, indices: list[int], **_given: Any) -> None:
+            for name, part in pipe.components.items():
+                if name != component and isinstance(part, torch.nn.Module):
+                    part.to(self.device)
+            for index in indices:
+                generator = torch.Generator("cpu").manual_seed(job.noise_seed + index)
+                kwargs = family.prompt_kwargs(prompts[index])
+                pipe(**kwargs, generator=generator, output_type="latent", **job.call_kwargs)
 
-    pipe._autoround_pipeline_fn = draw
-    return {
-        "dataset": job.dataset or [([str(index)], [prompt]) for index, prompt in enumerate(job.prompts)],
-        "calib_num_inference_steps": job.call_kwargs["num_inference_steps"],
-        "guidance_scale": job.call_kwargs.get("guidance_scale", 1.0),
-    }
-
-
-def _calibrate_by_reading(
-    family: LanguageFamily, model: torch.nn.Module, job: Job, emit: Callable[..., None]
-) -> dict[str, Any]:
-    """Let a model read the calibration samples; return what `AutoRound` is to be told of it."""
-    processor = family.load_processor(Path(job.source))
-    done = itertools.count(1)
-
-    def count(*_call: Any) -> None:
-        emit("progress", stage="calibrate", done=next(done), total=job.nsamples, detail="")
-
-    model.register_forward_pre_hook(count)
-    samples = [family.tokenize(processor, sample, job.seqlen) for sample in job.prompts]
-    tokenizer = getattr(processor, "tokenizer", None)
-    return {
-        **({"tokenizer": processor} if tokenizer is None else {"tokenizer": tokenizer, "processor": processor}),
-        "dataset": job.dataset or samples,
-        # auto-round drops texts of fewer tokens, and cuts those of a data set to this length.
-        "seqlen": job.seqlen if job.dataset else 1,
-    }
+    return Exposed(getattr(pipe, component))
 
 
-def _pack(
-    model: torch.nn.Module, layers: Mapping[str, Layer], renamed: Mapping[str, str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the packed tensors of every tuned layer, by full name in the checkpoint."""
+def _download_prompts(job: Job, family: Family) -> list[Prompt]:
+    """Read a data set that auto-round knows by name."""
+    from auto_round.compressors.diffusion.dataset import get_diffusion_dataloader
+
+    loader, _ = get_diffusion_dataloader(
+        job.dataset, bs=1, seed=job.seed, nsamples=job.nsamples, image_required=family.task == "i2v"
+    )
+    prompts = [Prompt(text, *(image for (image,) in images)) for _, (text,), *images in loader]
+    if len(prompts) < job.nsamples:
+        raise _Gone(
+            f"{job.dataset} holds {len(prompts)} prompts, scheme.nsamples asks for {job.nsamples}; lower it"
+        )
+    return prompts[: job.nsamples]
+
+
+def _pack(model: torch.nn.Module, layers: Mapping[str, Layer]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the packed tensors of every tuned layer, by full name."""
     import torch
 
     from quantkit.quantize.plan import PACKING_FORMAT
@@ -200,7 +196,7 @@ def _pack(
     from quantkit_runtime.format import pack
 
     for name, layer in layers.items():
-        module: Any = model.get_submodule(renamed.get(name, name))
+        module: Any = model.get_submodule(name)
         scale = getattr(module, "scale", None)
         if (scale is None) != (layer.bits == 16):
             raise _Gone(f"{name} was {'not ' if scale is None else ''}tuned, against the plan")

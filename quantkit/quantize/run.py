@@ -23,6 +23,7 @@ from quantkit.quantize.tuning import BlockLoss, Job, Layer, tune
 from quantkit.quantize.verify import LayerError, verify
 from quantkit.recipe.load import MANIFEST, LoadedRecipe
 from quantkit.recipe.locate import find_prompts
+from quantkit.recipe.prompts import Prompt, read_prompts
 from quantkit.recipe.schema import parse_size
 from quantkit.staging import stage
 
@@ -41,7 +42,7 @@ class Prepared:
     loaded: LoadedRecipe
     family: Family
     plan: Plan
-    prompts: list[Any]
+    prompts: list[Prompt]
     """Calibration prompts; empty for round-to-nearest."""
 
 
@@ -58,12 +59,12 @@ class Quantized:
     seconds: float
 
 
-def prepare(loaded: LoadedRecipe, source: Path) -> Prepared:
+def prepare(loaded: LoadedRecipe, source: Path | Pipeline) -> Prepared:
     """Check a recipe against a model and plan the run.
 
     Args:
         loaded: The recipe.
-        source: Local folder of the 16-bit model.
+        source: The 16-bit model: its local folder, or what is known of it.
 
     Raises:
         CheckpointError: If the model is incomplete or damaged.
@@ -72,11 +73,11 @@ def prepare(loaded: LoadedRecipe, source: Path) -> Prepared:
     """
     recipe = loaded.recipe
     expected = get_family(recipe.model.family) if recipe.model.family is not None else None
-    pipeline = open_pipeline(source)
+    pipeline = open_pipeline(source) if isinstance(source, Path) else source
     family = detect(pipeline)
     if expected is not None and expected.name != family.name:
         raise UnsupportedModelError(
-            f"{loaded.path}: model.family: is {expected.name}, but {source} is a {family.name} model"
+            f"{loaded.path}: model.family: is {expected.name}, but {pipeline.folder} is a {family.name} model"
         )
     if recipe.model.task != family.task:
         raise UnsupportedModelError(
@@ -84,18 +85,23 @@ def prepare(loaded: LoadedRecipe, source: Path) -> Prepared:
         )
     for section in (recipe.calibration, recipe.compare, recipe.serve):
         family.sampling_for(recipe.sampling, section)
-    prompts = _calibration_samples(loaded, family) if recipe.scheme.tuned else []
-    family.check_calibration(source, prompts, recipe.scheme.seqlen)
-    return Prepared(loaded, family, make_plan(pipeline, family, recipe), prompts)
+    plan = make_plan(pipeline, family, recipe)
+    prompts: list[Prompt] = []
+    if recipe.scheme.tuned:
+        family.check_calibration(pipeline, family.sampling_for(recipe.sampling, recipe.calibration))
+        prompts = _calibration_prompts(loaded)
+        for prompt in prompts:
+            family.prompt_kwargs(prompt)  # a missing or damaged picture shows here, not after an hour
+    return Prepared(loaded, family, plan, prompts)
 
 
-def _calibration_samples(loaded: LoadedRecipe, family: Family) -> list[Any]:
+def _calibration_prompts(loaded: LoadedRecipe) -> list[Prompt]:
     calibration = loaded.recipe.calibration
     wanted = loaded.recipe.scheme.nsamples
     if calibration.prompts is None:
         return []
     path = find_prompts(calibration.prompts, loaded.path)
-    prompts = family.read_calibration(path)
+    prompts = read_prompts(path)
     if len(prompts) < wanted:
         raise QuantizationError(
             f"{path}: holds {len(prompts)} prompts, scheme.nsamples asks for {wanted}; add some or lower it"
@@ -196,7 +202,6 @@ def _job(prepared: Prepared, device: str, result: Path) -> Job:
         prompts=prepared.prompts,
         dataset=recipe.calibration.dataset,
         nsamples=scheme.nsamples,
-        seqlen=scheme.seqlen,
         call_kwargs=prepared.family.call_kwargs(prepared.family.sampling_for(recipe.sampling, recipe.calibration)),
         iters=scheme.iters,
         lr=scheme.lr,

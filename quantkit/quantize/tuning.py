@@ -19,6 +19,7 @@ from typing import Any
 
 from quantkit.errors import QuantizationError
 from quantkit.quantize.progress import OnProgress, Progress
+from quantkit.recipe.prompts import Prompt
 
 _LOG_TAIL_LINES = 30
 
@@ -37,15 +38,14 @@ class Job:
     """All that the child needs to know.
 
     Attributes:
-        source: Folder of the 16-bit model.
+        source: Folder of the 16-bit pipeline.
         family: Its family's name.
         layers: For each component, every Linear inside its blocks.
         default: The scheme of layers that are nothing special.
-        prompts: One calibration image, text or conversation each; empty if ``dataset`` is given.
+        prompts: One calibration image or video each; empty if ``dataset`` is given.
         dataset: Name of a data set that auto-round downloads.
-        nsamples: Calibration images or texts.
-        seqlen: Tokens at most in a text.
-        call_kwargs: Of the pipeline, without prompt and generator; empty for a language model.
+        nsamples: Calibration images.
+        call_kwargs: Of the pipeline, without prompt and generator.
         iters: Steps of signed gradient descent per block.
         lr: Learning rate of the rounding; None is 1 / iters.
         minmax_lr: Learning rate of the clipping range; None is lr.
@@ -60,10 +60,9 @@ class Job:
     family: str
     layers: Mapping[str, Mapping[str, Layer]]
     default: Layer
-    prompts: list[Any]
+    prompts: list[Prompt]
     dataset: str | None
     nsamples: int
-    seqlen: int
     call_kwargs: Mapping[str, Any]
     iters: int
     lr: float | None
@@ -79,6 +78,7 @@ class Job:
         """Read a job that `tune` wrote."""
         data = json.loads(path.read_text(encoding="utf-8"))
         data["default"] = Layer(**data["default"])
+        data["prompts"] = [Prompt(**prompt) for prompt in data["prompts"]]
         data["layers"] = {
             component: {name: Layer(**layer) for name, layer in layers.items()}
             for component, layers in data["layers"].items()
@@ -90,6 +90,7 @@ class Job:
 class BlockLoss:
     """Mean squared error of one block's output before and after tuning."""
 
+    component: str
     block: str
     before: float
     after: float
@@ -131,7 +132,7 @@ def tune(job: Job, work: Path, on_progress: OnProgress) -> list[BlockLoss]:
                 if event["kind"] == "progress":
                     on_progress(Progress(event["stage"], event["done"], event["total"], event["detail"]))
                 elif event["kind"] == "loss":
-                    losses.append(BlockLoss(event["block"], event["before"], event["after"]))
+                    losses.append(BlockLoss(event["component"], event["block"], event["before"], event["after"]))
                 else:
                     failure = event["reason"]
             code = child.wait()
