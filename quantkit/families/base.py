@@ -6,12 +6,12 @@ A family that is a diffusers pipeline with Linears in repeated blocks needs no m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component
+from quantkit.checkpoint import Component, Pipeline
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
 from quantkit.recipe.schema import Sampling, Task
 
@@ -31,6 +31,21 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class BlockInputs:
+    """What the repeated blocks of a component get while one calibration image is drawn, in 16 bit.
+
+    Attributes:
+        calls: How often the component runs: denoising steps times guidance branches.
+        passed_nbytes: Per call, of what one block hands to the next: hidden states of image and text.
+        shared_nbytes: Per call, of what every block gets alike, e.g. time embedding and rotary embedding.
+    """
+
+    calls: int
+    passed_nbytes: int
+    shared_nbytes: int
+
+
+@dataclass(frozen=True)
 class DiffusionFamily:
     """A family whose models are diffusers pipelines.
 
@@ -42,12 +57,17 @@ class DiffusionFamily:
             the published checkpoints.
         sampling: Defaults of every sampling key that the pipelines take. A key that is None here is not a
             parameter of the family.
+        block_inputs: Says, from configurations alone, how large the inputs of a component's blocks are, given
+            the source, the component's name and complete sampling keys: count the tokens of image and text,
+            multiply by the width of the blocks. Tuning keeps these inputs in memory (`quantkit.quantize.memory`);
+            the runs of a family without it are not checked for memory.
     """
 
     name: str
     task: Task
     blocks: Mapping[str, tuple[str, ...]]
     sampling: Sampling
+    block_inputs: Callable[[Pipeline, str, Sampling], BlockInputs] | None = None
 
     def sampling_for(self, *layers: Sampling) -> Sampling:
         """Return the family's sampling defaults, overlaid by each of the given in turn.
