@@ -6,7 +6,7 @@ A family that is a diffusers pipeline with Linears in repeated blocks needs no m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,21 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class BlockInputs:
+    """What the repeated blocks of a component get while one calibration image is drawn, in 16 bit.
+
+    Attributes:
+        calls: How often the component runs: denoising steps times guidance branches.
+        passed_nbytes: Per call, of what one block hands to the next: hidden states of image and text.
+        shared_nbytes: Per call, of what every block gets alike, e.g. time embedding and rotary embedding.
+    """
+
+    calls: int
+    passed_nbytes: int
+    shared_nbytes: int
+
+
+@dataclass(frozen=True)
 class DiffusionFamily:
     """A family whose models are diffusers pipelines.
 
@@ -49,6 +64,10 @@ class DiffusionFamily:
             knows more than that they are outside.
         block_outputs: For block classes that auto-round does not know, what their forward returns, in order.
             Without it, tuning would feed every block the first one's text states.
+        block_inputs: Says, from configurations alone, how large the inputs of a component's blocks are, given
+            the source, the component's name and complete sampling keys: count the tokens of image and text,
+            multiply by the width of the blocks. Tuning keeps these inputs in memory (`quantkit.quantize.memory`);
+            the runs of a family without it are not checked for memory.
     """
 
     name: str
@@ -58,6 +77,7 @@ class DiffusionFamily:
     optional: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     block_outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    block_inputs: Callable[[Pipeline, str, Sampling], BlockInputs] | None = None
 
     def sampling_for(self, *layers: Sampling) -> Sampling:
         """Return the family's sampling defaults, overlaid by each of the given in turn.
@@ -94,17 +114,6 @@ class DiffusionFamily:
                 "'image' of the prompt file"
             )
         return {"prompt": prompt.text, "image": _read_image(prompt.image)}
-
-    def check_calibration(self, pipeline: Pipeline, sampling: Sampling) -> None:
-        """Refuse calibration that would leave a component without inputs; by default all of them get some.
-
-        Args:
-            pipeline: The source.
-            sampling: Complete, of the calibration.
-
-        Raises:
-            RecipeError: If it would.
-        """
 
     def build(self, component: Component) -> torch.nn.Module:
         """Build the component's architecture on the meta device, from its configuration alone.
