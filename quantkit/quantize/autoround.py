@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -252,12 +251,12 @@ def _keep_blocks(
 def _count_summed(quantizer: Any, inputs: Any, outputs: list[torch.Tensor]) -> int:
     """Return how many squared errors auto-round adds up to the loss that it logs.
 
-    It divides by their number itself, unless a step takes more than one of inputs that have several parts.
+    It divides by their number itself, but for steps of several inputs that it holds in a dictionary.
     """
     batch = quantizer.calibration_context.batch_size * quantizer.gradient_accumulate_steps
     if quantizer.gradient_accumulate_steps == 1 or isinstance(inputs, list):
         return 1
-    return min(batch, len(outputs)) * math.prod(outputs[0].shape)
+    return int(min(batch, len(outputs)) * outputs[0].numel())
 
 
 def main(job_path: str, blocks: str, descriptor: str) -> int:

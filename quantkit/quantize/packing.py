@@ -55,7 +55,7 @@ def pack_layers(model: torch.nn.Module, layers: Mapping[str, Layer]) -> Iterator
         for suffix, tensor in packed.items():
             yield f"{name}.{suffix}", tensor
         if not torch.equal(dequantize(packed, scheme, weight.dtype), weight):
-            yield f"{name}.weight", weight
+            yield f"{name}.weight", weight.clone()
 
 
 def unpack_layers(model: torch.nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:

@@ -202,7 +202,8 @@ def random_state(devices: Iterable[torch.device]) -> dict[str, Any]:
     import numpy
     import torch
 
-    kind, keys, *rest = numpy.random.get_state(legacy=True)
+    shared: Any = numpy.random.get_state()
+    kind, keys, *rest = shared
     return {
         "python": random.getstate(),
         "numpy": [kind, keys.tolist(), *rest],

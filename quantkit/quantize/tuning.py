@@ -166,7 +166,7 @@ def tune(job: Job, blocks: TunedBlocks, work: Path, on_progress: OnProgress) -> 
             child.kill()
             child.communicate()  # waits, and closes the pipe it watched
     if failure is None and code != 0:
-        failure = f"its process ended with code {code}" + (f" ({_advise(job)}?)" if code == -9 else "")
+        failure = f"its process ended with code {code}" + (f", perhaps {_advise(job)}" if code == -9 else "")
     if failure is not None:
         error = QuantizationError(f"auto-round failed: {failure}")
         tail = log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
