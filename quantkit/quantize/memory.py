@@ -83,8 +83,9 @@ def keys_to_lower(family: DiffusionFamily, recipe: Recipe, *, cached: bool) -> l
     keys = [f"calibration.{key}" for key in sizes if key in given]
     if not cached:
         return keys
-    guidance = [key for key in ("true_cfg_scale", "guidance_scale") if float(given.get(key, 0)) > 1]
-    return ["scheme.nsamples", *(f"calibration.{key}" for key in ("num_inference_steps", *guidance)), *keys]
+    guidance = "true_cfg_scale" if "true_cfg_scale" in given else "guidance_scale"
+    branches = [f"calibration.{guidance}"] if float(given.get(guidance, 0)) > 1 else []
+    return ["scheme.nsamples", "calibration.num_inference_steps", *branches, *keys]
 
 
 def check_memory(memory: CalibrationMemory, keys: Sequence[str], *, cache_on_host: bool) -> None:
