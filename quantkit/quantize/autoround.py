@@ -222,6 +222,8 @@ def _keep_blocks(
         block_ctx: Any,
         **options: Any,
     ) -> dict[str, Any]:
+        if follower.refusal is not None:  # now, not hours later
+            raise _Gone(follower.refusal)
         index, name = next(indices), block_ctx.block_name
         component = next(key for key, module in components.items() if module is block_ctx.model)
         layers = {layer: scheme for layer, scheme in job.layers[component].items() if layer.startswith(f"{name}.")}

@@ -14,8 +14,8 @@ from quantkit.recipe.schema import Recipe
 # Beside the inputs of the first blocks: what the 16-bit block makes of its inputs, the inputs from the quantized
 # blocks before it, and what it makes of those.
 _COPIES_WHILE_TUNING = 3
-# Of a device's memory; the rest is for the model's other parts, the block's gradients and fragmentation.
-_CACHE_SHARE = 0.5
+# Of a device's memory; the rest is for activations, gradients and fragmentation.
+_DEVICE_SHARE = 0.9
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -109,7 +109,7 @@ def check_memory(memory: CalibrationMemory, keys: Sequence[str], *, cache_on_hos
 
 
 def cache_fits(memory: CalibrationMemory | None, device: str) -> bool:
-    """Say whether cached inputs may stay on the device while blocks are tuned, which is faster.
+    """Say whether the whole pipeline and its cached inputs fit on the device, which is faster.
 
     Args:
         memory: The estimate; None where there is none.
@@ -122,7 +122,7 @@ def cache_fits(memory: CalibrationMemory | None, device: str) -> bool:
     ask = getattr(torch.get_device_module(device), "get_device_properties", None)
     if memory is None or ask is None:
         return False
-    return bool(memory.peak_nbytes <= _CACHE_SHARE * ask(device).total_memory)
+    return bool(memory.model_nbytes + memory.peak_nbytes <= _DEVICE_SHARE * ask(device).total_memory)
 
 
 def available_memory() -> int | None:
