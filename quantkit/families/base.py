@@ -11,7 +11,7 @@ whatever the library calls the module that it loads them into.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,21 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class BlockInputs:
+    """What the repeated blocks of a component get while one calibration image is drawn, in 16 bit.
+
+    Attributes:
+        calls: How often the component runs: denoising steps times guidance branches.
+        passed_nbytes: Per call, of what one block hands to the next: hidden states of image and text.
+        shared_nbytes: Per call, of what every block gets alike, e.g. time embedding and rotary embedding.
+    """
+
+    calls: int
+    passed_nbytes: int
+    shared_nbytes: int
+
+
+@dataclass(frozen=True)
 class Family(ABC):
     """What is particular to one kind of model.
 
@@ -58,6 +73,10 @@ class Family(ABC):
             knows more than that they are outside.
         block_outputs: For block classes that auto-round does not know, what their forward returns, in order.
             Without it, tuning would feed every block the first one's text states.
+        block_inputs: Says, from configurations alone, how large the inputs of a component's blocks are, given
+            the source, the component's name and complete sampling keys: count the tokens of image and text,
+            multiply by the width of the blocks. Tuning keeps these inputs in memory (`quantkit.quantize.memory`);
+            the runs of a family without it are not checked for memory.
     """
 
     name: str
@@ -68,6 +87,7 @@ class Family(ABC):
     optional: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     block_outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    block_inputs: Callable[[Pipeline, str, Sampling], BlockInputs] | None = None
 
     def sampling_for(self, *layers: Sampling) -> Sampling:
         """Return the family's sampling defaults, overlaid by each of the given in turn.
@@ -89,32 +109,6 @@ class Family(ABC):
     def call_kwargs(self, sampling: Sampling) -> dict[str, Any]:
         """Return the keyword arguments of a call that samples, without prompt, generator and callback."""
         return dict(sampling.given())
-
-    def prompt_kwargs(self, prompt: Prompt) -> dict[str, Any]:
-        """Return the keyword arguments of a pipeline call that say what to draw.
-
-        Raises:
-            RecipeError: If the family starts from a picture and the prompt has none, or it cannot be read.
-        """
-        if self.task != "i2v":
-            return {"prompt": prompt.text}
-        if prompt.image is None:
-            raise RecipeError(
-                f"{self.name} starts from a picture, and the prompt '{prompt.text}' has none; name one in a column "
-                "'image' of the prompt file"
-            )
-        return {"prompt": prompt.text, "image": _read_image(prompt.image)}
-
-    def check_calibration(self, pipeline: Pipeline, sampling: Sampling) -> None:  # noqa: B027  (a hook)
-        """Refuse calibration that would leave a component without inputs; by default all of them get some.
-
-        Args:
-            pipeline: The source.
-            sampling: Complete, of the calibration.
-
-        Raises:
-            RecipeError: If it would.
-        """
 
     @abstractmethod
     def build(self, component: Component) -> torch.nn.Module:
@@ -180,6 +174,27 @@ class Family(ABC):
 @dataclass(frozen=True)
 class DiffusionFamily(Family):
     """A family whose models are diffusers pipelines."""
+
+    def prompt_kwargs(self, prompt: Prompt) -> dict[str, Any]:
+        """Return the keyword arguments of a pipeline call that say what to draw.
+
+        Raises:
+            RecipeError: If the family starts from a picture and the prompt has none, or it cannot be read.
+        """
+        if self.task != "i2v":
+            return {"prompt": prompt.text}
+        if prompt.image is None:
+            raise RecipeError(
+                f"{self.name} starts from a picture, and the prompt '{prompt.text}' has none; name one in a column "
+                "'image' of the prompt file"
+            )
+        return {"prompt": prompt.text, "image": _read_image(prompt.image)}
+
+    def check_calibration(self, folder: Path, samples: Sequence[Prompt], max_tokens: int) -> None:
+        """Read the pictures that prompts start from, see `Family.check_calibration`."""
+        del folder, max_tokens
+        for prompt in samples:
+            self.prompt_kwargs(prompt)
 
     def build(self, component: Component) -> torch.nn.Module:
         """Build a class of diffusers, see `Family.build`."""

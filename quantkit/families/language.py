@@ -118,8 +118,8 @@ class LanguageFamily(Family):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
     def tokenize(self, processor: Any, sample: Any, max_tokens: int) -> dict[str, torch.Tensor]:
-        """Return the model's inputs for one of `read_calibration`, by default a text, as a batch of one."""
-        return dict(processor(sample, truncation=True, max_length=max_tokens, return_tensors="pt"))
+        """Return the model's inputs for one of `read_calibration`, by default a prompt, as a batch of one."""
+        return dict(processor(sample.text, truncation=True, max_length=max_tokens, return_tensors="pt"))
 
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
         """Load the model, see `Family.load`."""

@@ -311,8 +311,9 @@ def test_tuning_reads_conversations_and_changes_the_planned_layers_alone(models,
     packed = {layer.name for layer in part.layers}
     assert len(packed) == 2 * len(PLANNED[name]) - 1
     assert_untouched(models[name], result.output, packed)
-    assert len(result.losses) == 2
-    assert all(loss.before > 0 and loss.after > 0 for loss in result.losses)
+    losses = result.tuned.losses
+    assert len(losses) == 2
+    assert all(loss.before > 0 and loss.after > 0 for loss in losses)
     nearest, now = component(rounded[name]).tensors, component(result.output).tensors
     changed = {
         layer

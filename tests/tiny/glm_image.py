@@ -73,6 +73,9 @@ def build_glm_image(folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: 
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     )
     pipeline.to(dtype).save_pretrained(folder)
+    # diffusers mistakes transformers' glm_image for its own module; the published index says transformers.
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace('"glm_image"', '"transformers"'))
     return folder
 
 
