@@ -83,7 +83,12 @@ def _download(hub_id: str, revision: str | None) -> Path:
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise MissingExtraError("diffusers", "quantize") from error
+    from huggingface_hub import snapshot_download
+
     try:
+        folder = snapshot_download(hub_id, revision=revision, allow_patterns=["model_index.json", "config.json"])
+        if not Path(folder, "model_index.json").is_file():  # a single model
+            return Path(snapshot_download(hub_id, revision=revision, ignore_patterns=["*.bin", "*.pth"]))
         # diffusers knows which files of a repository its pipeline needs; FLUX.1-dev holds the weights twice.
         return Path(DiffusionPipeline.download(hub_id, revision=revision, use_safetensors=True))
     except (OSError, ValueError) as error:

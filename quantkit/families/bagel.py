@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component
+from quantkit.checkpoint import Component, read_tensors
 from quantkit.errors import CheckpointError
 from quantkit.families.base import Linear
 from quantkit.families.language import LanguageFamily
 from quantkit.families.serving import LANGUAGE_MODEL
+from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class BagelFamily(LanguageFamily):
 
     def tensor_shapes(self, component: Component, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
         """Add the VAE as it is: its tensors lie beside the model's, and nothing here runs them."""
-        vae = {name: info.shape for name, info in component.tensors.items() if name.startswith(_VAE)}
+        vae = {name: info.shape for name, info in read_tensors(component.folder).items() if name.startswith(_VAE)}
         return super().tensor_shapes(component, model) | vae
 
     def linears(self, component: Component, model: torch.nn.Module) -> Iterator[Linear]:
@@ -58,12 +59,12 @@ class BagelFamily(LanguageFamily):
         """Return the decoder, see `LanguageFamily.text_model`."""
         return _text_model(model)
 
-    def tokenize(self, tokenizer: Any, text: str, max_tokens: int) -> dict[str, torch.Tensor]:
+    def tokenize(self, processor: Any, sample: Prompt, max_tokens: int) -> dict[str, torch.Tensor]:
         """Put a text between BAGEL's marks of begin and end, see `LanguageFamily.tokenize`."""
         import torch
 
-        begin, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-        tokens = tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_tokens - 2)
+        begin, end = processor.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        tokens = processor(sample.text, add_special_tokens=False, truncation=True, max_length=max_tokens - 2)
         return {"input_ids": torch.tensor([[begin, *tokens["input_ids"], end]])}
 
 

@@ -11,7 +11,7 @@ whatever the library calls the module that it loads them into.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.checkpoint import Component, Pipeline
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
 from quantkit.families.serving import LANGUAGE_MODEL, VllmOmni
-from quantkit.recipe.prompts import Prompt
+from quantkit.recipe.prompts import Prompt, read_prompts
 from quantkit.recipe.schema import Sampling, Task
 
 if TYPE_CHECKING:
@@ -37,6 +37,21 @@ class Linear:
     """Why the family leaves it in 16 bit; None if it is quantized by default."""
     optional: bool = False
     """Whether a recipe that names it in ``layers.include`` quantizes it, although there is a reason to keep it."""
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What the repeated blocks of a component get while one calibration image is drawn, in 16 bit.
+
+    Attributes:
+        calls: How often the component runs: denoising steps times guidance branches.
+        passed_nbytes: Per call, of what one block hands to the next: hidden states of image and text.
+        shared_nbytes: Per call, of what every block gets alike, e.g. time embedding and rotary embedding.
+    """
+
+    calls: int
+    passed_nbytes: int
+    shared_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,10 @@ class Family(ABC):
             knows more than that they are outside.
         block_outputs: For block classes that auto-round does not know, what their forward returns, in order.
             Without it, tuning would feed every block the first one's text states.
+        block_inputs: Says, from configurations alone, how large the inputs of a component's blocks are, given
+            the source, the component's name and complete sampling keys: count the tokens of image and text,
+            multiply by the width of the blocks. Tuning keeps these inputs in memory (`quantkit.quantize.memory`);
+            the runs of a family without it are not checked for memory.
         vllm_omni: How vLLM-Omni names and shards the Linears that are quantized; None if that is not known.
     """
 
@@ -70,6 +89,7 @@ class Family(ABC):
     optional: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     block_outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    block_inputs: Callable[[Pipeline, str, Sampling], BlockInputs] | None = None
     vllm_omni: VllmOmni | None = None
 
     def engine_of(self, component: Component) -> VllmOmni | None:
@@ -96,32 +116,6 @@ class Family(ABC):
     def call_kwargs(self, sampling: Sampling) -> dict[str, Any]:
         """Return the keyword arguments of a call that samples, without prompt, generator and callback."""
         return dict(sampling.given())
-
-    def prompt_kwargs(self, prompt: Prompt) -> dict[str, Any]:
-        """Return the keyword arguments of a pipeline call that say what to draw.
-
-        Raises:
-            RecipeError: If the family starts from a picture and the prompt has none, or it cannot be read.
-        """
-        if self.task != "i2v":
-            return {"prompt": prompt.text}
-        if prompt.image is None:
-            raise RecipeError(
-                f"{self.name} starts from a picture, and the prompt '{prompt.text}' has none; name one in a column "
-                "'image' of the prompt file"
-            )
-        return {"prompt": prompt.text, "image": _read_image(prompt.image)}
-
-    def check_calibration(self, pipeline: Pipeline, sampling: Sampling) -> None:  # noqa: B027  (a hook)
-        """Refuse calibration that would leave a component without inputs; by default all of them get some.
-
-        Args:
-            pipeline: The source.
-            sampling: Complete, of the calibration.
-
-        Raises:
-            RecipeError: If it would.
-        """
 
     @abstractmethod
     def build(self, component: Component) -> torch.nn.Module:
@@ -152,6 +146,28 @@ class Family(ABC):
         """Return the component's ``config.json`` with a ``quantization_config`` wherever loaders look for it."""
         return {**component.config, "quantization_config": dict(quantization)}
 
+    def read_calibration(self, path: Path) -> list[Any]:
+        """Read a file of what calibration feeds the model, by default prompts; JSON-ready.
+
+        Raises:
+            RecipeError: If it cannot be read as such.
+        """
+        return list(read_prompts(path))
+
+    def check_calibration(self, folder: Path, samples: Sequence[Any], max_tokens: int) -> None:
+        """Refuse what the model could not be fed with, before any time is spent; by default nothing.
+
+        Args:
+            folder: Of the model.
+            samples: From `read_calibration`.
+            max_tokens: Of a sample.
+
+        Raises:
+            CheckpointError: If the model lacks what it takes to read the samples.
+            RecipeError: If a sample does not fit.
+        """
+        del folder, samples, max_tokens
+
     @abstractmethod
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
         """Load a reference model for calibration, on the CPU.
@@ -165,6 +181,27 @@ class Family(ABC):
 @dataclass(frozen=True)
 class DiffusionFamily(Family):
     """A family whose models are diffusers pipelines."""
+
+    def prompt_kwargs(self, prompt: Prompt) -> dict[str, Any]:
+        """Return the keyword arguments of a pipeline call that say what to draw.
+
+        Raises:
+            RecipeError: If the family starts from a picture and the prompt has none, or it cannot be read.
+        """
+        if self.task != "i2v":
+            return {"prompt": prompt.text}
+        if prompt.image is None:
+            raise RecipeError(
+                f"{self.name} starts from a picture, and the prompt '{prompt.text}' has none; name one in a column "
+                "'image' of the prompt file"
+            )
+        return {"prompt": prompt.text, "image": _read_image(prompt.image)}
+
+    def check_calibration(self, folder: Path, samples: Sequence[Prompt], max_tokens: int) -> None:
+        """Read the pictures that prompts start from, see `Family.check_calibration`."""
+        del folder, max_tokens
+        for prompt in samples:
+            self.prompt_kwargs(prompt)
 
     def build(self, component: Component) -> torch.nn.Module:
         """Build a class of diffusers, see `Family.build`."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from quantkit.families.base import DiffusionFamily
+from quantkit.families.flux import block_inputs
 from quantkit.families.serving import VllmOmni
 from quantkit.recipe.schema import Sampling
 
@@ -19,4 +22,5 @@ OVIS_IMAGE = DiffusionFamily(
         max_sequence_length=256,
     ),
     vllm_omni=VllmOmni(unsupported="its Ovis-Image builds 16-bit layers only, packed ones find no place"),
+    block_inputs=partial(block_inputs, guidance="guidance_scale"),
 )

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from quantkit.checkpoint import SINGLE_MODEL
+
 _PIPELINE_TAGS = {"t2i": "text-to-image", "t2v": "text-to-video", "i2v": "image-to-video", "chat": "any-to-any"}
 
 
@@ -19,13 +21,14 @@ def render_card(manifest: dict[str, Any]) -> str:
     base = {"base_model": source["id"], "base_model_relation": "quantized"} if "/" in source["id"] else {}
     metadata = {
         **base,
-        "library_name": "diffusers",
+        "library_name": "transformers" if SINGLE_MODEL in manifest["plan"] else "diffusers",
         "pipeline_tag": _PIPELINE_TAGS[recipe["model"]["task"]],
         "tags": ["auto-round", name.lower(), "quantkit"],
     }
+    single = SINGLE_MODEL in manifest["plan"]
     how = (
         f"AutoRound, {scheme['iters']} iterations of signed gradient descent per block, {manifest['samples']} "
-        "calibration prompts"
+        "calibration samples"
         if scheme["iters"]
         else "round to nearest (AutoRound's RTN)"
     )
@@ -49,17 +52,12 @@ def render_card(manifest: dict[str, Any]) -> str:
             f"| {sizes['after'] / sizes['before']:.2f} |"
         ),
         "",
-        "Every other component is bit-equal to the source.",
+        f"Every other {'tensor' if single else 'component'} is bit-equal to the source.",
         "",
         "## Use",
         "",
         "```python",
-        "from quantkit_runtime import load_pipeline",
-        "",
-        'pipe = load_pipeline("PATH_OF_THIS_FOLDER", device="cuda")',
-        "```",
-        "",
-        "diffusers loads it too, with auto-round installed: `DiffusionPipeline.from_pretrained(...)`.",
+        *_use(single),
         "",
         "| serving engine | can load it | limits |",
         "|---|---|---|",
@@ -101,6 +99,24 @@ def _engine_row(engine: str, findings: list[dict[str, Any]]) -> str:
 
 def _more(count: int) -> str:
     return f" and {count - 1} more" if count > 1 else ""
+
+
+def _use(single: bool) -> list[str]:
+    if single:
+        return [
+            "from quantkit_runtime import load_model",
+            "",
+            'model = load_model("PATH_OF_THIS_FOLDER", device="cuda")',
+            "```",
+        ]
+    return [
+        "from quantkit_runtime import load_pipeline",
+        "",
+        'pipe = load_pipeline("PATH_OF_THIS_FOLDER", device="cuda")',
+        "```",
+        "",
+        "diffusers loads it too, with auto-round installed: `DiffusionPipeline.from_pretrained(...)`.",
+    ]
 
 
 def _row(component: str, entry: dict[str, Any]) -> str:

@@ -213,8 +213,21 @@ def _plan_component(
     if misfits:
         more = f" (and {len(misfits) - 1} more layers)" if len(misfits) > 1 else ""
         raise RecipeError(f"{misfits[0]}{more}")
+    _check_experts_alike(layers, kept)
     blocks = family.blocks[component.name]
     return ComponentPlan(component, blocks, family.aliases, default, tuple(layers), tuple(kept))
+
+
+def _check_experts_alike(layers: Sequence[PlannedLayer], kept: Sequence[tuple[str, str]]) -> None:
+    """Refuse to store the experts of one layer in several ways: everything that runs them takes them as one."""
+    found: dict[str, Scheme | None] = {}
+    for name, scheme in [*((layer.name, layer.scheme) for layer in layers), *((name, None) for name, _ in kept)]:
+        home, mark, _ = name.partition(".experts.")
+        if mark and found.setdefault(home, scheme) != scheme:
+            raise RecipeError(
+                f"layers: {name} would be stored in another way than other experts of {home}; give patterns that "
+                "match all of them"
+            )
 
 
 def _matches(pattern: str, component: str, layer: str) -> bool:
