@@ -14,13 +14,16 @@ from quantkit.cli.progress import Bar
 from quantkit.recipe import find_recipe, load_recipe
 
 if TYPE_CHECKING:
+    from quantkit.quantize.memory import CalibrationMemory
     from quantkit.quantize.plan import Plan
     from quantkit.quantize.run import Quantized
 
 _STAGES = {
     "check": "checking the source",
     "load": "loading the model",
+    "fingerprint": "fingerprinting the source",
     "calibrate": "drawing calibration images",
+    "resume": "taking up tuned blocks",
     "tune": "tuning blocks",
     "write": "packing layers",
     "verify": "verifying layers",
@@ -40,6 +43,9 @@ def command(
         list[str] | None, typer.Option("--set", help="key.path=value on top of the recipe; repeatable.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where to tune: auto, cpu, cuda, cuda:1 ...")] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on after the blocks that a failed run has tuned.")
+    ] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output, once the new one is verified.")
     ] = False,
@@ -58,6 +64,8 @@ def command(
 
     prepared = prepare(loaded, source)
     _print_plan(prepared.plan)
+    if prepared.memory is not None:
+        _print_memory(prepared.memory)
     if dry_run:
         return
     target = output_folder or _default_output(loaded.recipe.model.id, loaded.recipe.scheme.bits)
@@ -65,24 +73,17 @@ def command(
         result = quantize(
             prepared,
             target.absolute(),
-            device=_device(device),
+            device=device,
             overwrite=overwrite,
-            on_progress=lambda step: bar(_STAGES[step.stage], step.done, step.total, step.detail),
+            resume=resume,
+            on_progress=lambda step: bar(_STAGES[step.stage], step.done, step.total, step.detail, step.result),
+            on_notice=bar.note,
         )
     _print_result(result, target)
 
 
 def _default_output(model: str, bits: int) -> Path:
     return Path(f"{Path(model).name}-w{bits}a16")
-
-
-def _device(text: str) -> str:
-    if text != "auto":
-        return text
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else str(accelerator)
 
 
 def _print_plan(plan: Plan) -> None:
@@ -117,6 +118,15 @@ def _print_plan(plan: Plan) -> None:
     table.add_section()
     table.add_row("all", "", "", "", gigabytes(before), gigabytes(after), f"{after / before:.2f}")
     output.print(table)
+
+
+def _print_memory(memory: CalibrationMemory) -> None:
+    output.print(
+        f"Calibration: {memory.samples} images x {memory.calls} calls cache {gigabytes(memory.cached_nbytes)} of "
+        f"inputs; tuning holds up to {gigabytes(memory.peak_nbytes)}, beside {gigabytes(memory.model_nbytes)} of "
+        "weights",
+        highlight=False,
+    )
 
 
 def _print_result(result: Quantized, target: Path) -> None:

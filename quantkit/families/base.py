@@ -6,15 +6,16 @@ A family that is a diffusers pipeline with Linears in repeated blocks needs no m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Component, Pipeline
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
+from quantkit.families.family import Family
 from quantkit.recipe.prompts import Prompt
-from quantkit.recipe.schema import Sampling, Task
+from quantkit.recipe.schema import Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -32,40 +33,18 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Family:
-    """What all families have in common.
+class BlockInputs:
+    """What the repeated blocks of a component get while one calibration image is drawn, in 16 bit.
 
     Attributes:
-        name: As recipes spell it.
-        task: What its models do.
-        sampling: Defaults of every sampling key that the models take. A key that is None here is not a parameter
-            of the family.
+        calls: How often the component runs: denoising steps times guidance branches.
+        passed_nbytes: Per call, of what one block hands to the next: hidden states of image and text.
+        shared_nbytes: Per call, of what every block gets alike, e.g. time embedding and rotary embedding.
     """
 
-    name: str
-    task: Task
-    sampling: Sampling
-
-    def sampling_for(self, *layers: Sampling) -> Sampling:
-        """Return the family's sampling defaults, overlaid by each of the given in turn.
-
-        Raises:
-            RecipeError: If one of them names a key that the family does not take.
-        """
-        result = self.sampling
-        for layer in layers:
-            unknown = layer.given().keys() - self.sampling.given().keys()
-            if unknown:
-                raise RecipeError(
-                    f"sampling: {self.name} takes no {', '.join(sorted(unknown))} "
-                    f"(it takes {', '.join(self.sampling.given())})"
-                )
-            result = layer.over(result)
-        return result
-
-    def call_kwargs(self, sampling: Sampling) -> dict[str, Any]:
-        """Return the keyword arguments of a call, without the prompt and what a comparison adds."""
-        return dict(sampling.given())
+    calls: int
+    passed_nbytes: int
+    shared_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -82,12 +61,17 @@ class DiffusionFamily(Family):
             knows more than that they are outside.
         block_outputs: For block classes that auto-round does not know, what their forward returns, in order.
             Without it, tuning would feed every block the first one's text states.
+        block_inputs: Says, from configurations alone, how large the inputs of a component's blocks are, given
+            the source, the component's name and complete sampling keys: count the tokens of image and text,
+            multiply by the width of the blocks. Tuning keeps these inputs in memory (`quantkit.quantize.memory`);
+            the runs of a family without it are not checked for memory.
     """
 
     blocks: Mapping[str, tuple[str, ...]]
     optional: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     block_outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    block_inputs: Callable[[Pipeline, str, Sampling], BlockInputs] | None = None
 
     def prompt_kwargs(self, prompt: Prompt) -> dict[str, Any]:
         """Return the keyword arguments of a pipeline call that say what to draw.
@@ -103,17 +87,6 @@ class DiffusionFamily(Family):
                 "'image' of the prompt file"
             )
         return {"prompt": prompt.text, "image": _read_image(prompt.image)}
-
-    def check_calibration(self, pipeline: Pipeline, sampling: Sampling) -> None:
-        """Refuse calibration that would leave a component without inputs; by default all of them get some.
-
-        Args:
-            pipeline: The source.
-            sampling: Complete, of the calibration.
-
-        Raises:
-            RecipeError: If it would.
-        """
 
     def build(self, component: Component) -> torch.nn.Module:
         """Build the component's architecture on the meta device, from its configuration alone.

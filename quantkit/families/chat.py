@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CheckpointError, RecipeError
-from quantkit.families.base import Family
+from quantkit.families.family import Family
 from quantkit.recipe.prompts import Prompt
 
 

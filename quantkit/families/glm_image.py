@@ -6,8 +6,28 @@ half of the model, but a changed token changes the whole picture.
 
 from __future__ import annotations
 
-from quantkit.families.base import DiffusionFamily
+from typing import Any
+
+from quantkit.checkpoint import Pipeline
+from quantkit.families.base import BlockInputs, DiffusionFamily
 from quantkit.recipe.schema import Sampling
+
+
+def _block_inputs(pipeline: Pipeline, component: str, sampling: Sampling) -> BlockInputs:
+    """Count image tokens alone: the text is what a prompt has in quotes, a few bytes."""
+    config = pipeline.components[component].config
+    patch = config["patch_size"] * 2 ** (len(pipeline.components["vae"].config["block_out_channels"]) - 1)
+    given: dict[str, Any] = sampling.given()
+    tokens = (given["height"] // patch) * (given["width"] // patch)
+    time_embedding = 2 * config["time_embed_dim"]
+    rotary_embedding = 2 * 4 * tokens * config["attention_head_dim"]  # cosine and sine in float32
+    branches = 2 if given["guidance_scale"] > 1 else 1
+    return BlockInputs(
+        calls=given["num_inference_steps"] * branches,
+        passed_nbytes=2 * tokens * config["num_attention_heads"] * config["attention_head_dim"],
+        shared_nbytes=time_embedding + rotary_embedding,
+    )
+
 
 GLM_IMAGE = DiffusionFamily(
     name="glm-image",
@@ -32,5 +52,6 @@ GLM_IMAGE = DiffusionFamily(
         "model.visual": "the vision tower",
         "lm_head": "the head",
     },
+    block_inputs=_block_inputs,
     block_outputs={"GlmImageTransformerBlock": ("hidden_states", "encoder_hidden_states")},
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from quantkit.families.base import DiffusionFamily
+from quantkit.families.flux import block_inputs
 from quantkit.recipe.schema import Sampling
 
 OVIS_IMAGE = DiffusionFamily(
@@ -17,4 +20,5 @@ OVIS_IMAGE = DiffusionFamily(
         negative_prompt="",
         max_sequence_length=256,
     ),
+    block_inputs=partial(block_inputs, guidance="guidance_scale"),
 )

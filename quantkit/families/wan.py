@@ -7,10 +7,11 @@ A14B has two transformers of the same shape: ``transformer`` for the noisy steps
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from quantkit.checkpoint import Pipeline, read_json
-from quantkit.errors import CheckpointError, RecipeError
-from quantkit.families.base import DiffusionFamily
+from quantkit.errors import CheckpointError
+from quantkit.families.base import BlockInputs, DiffusionFamily
 from quantkit.recipe.schema import Sampling
 
 _KEPT = {
@@ -20,31 +21,49 @@ _KEPT = {
 }
 
 
-class _TwoExperts(DiffusionFamily):
-    """A family whose pipelines switch to ``transformer_2`` at a timestep."""
+def _block_inputs(pipeline: Pipeline, component: str, sampling: Sampling) -> BlockInputs:
+    """Count patches of the latent video as tokens; the text of fixed length is the same for all blocks."""
+    config = pipeline.components[component].config
+    vae = pipeline.components["vae"].config
+    given: dict[str, Any] = sampling.given()
+    _, *patch = config["patch_size"]
+    frames = (given["num_frames"] - 1) // vae.get("scale_factor_temporal", 4) + 1
+    rows, columns = (
+        given[key] // (vae.get("scale_factor_spatial", 8) * size)
+        for key, size in zip(("height", "width"), patch, strict=True)
+    )
+    tokens = frames * rows * columns
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    text = 2 * given["max_sequence_length"] * width
+    times = tokens if pipeline.config.get("expand_timesteps") else 1
+    time_embedding = 2 * times * 6 * width  # shift, scale and gate of attention and of the feed-forward layer
+    rotary_embedding = 2 * 4 * tokens * config["attention_head_dim"]  # cosine and sine in float32
+    branches = 2 if given["guidance_scale"] > 1 else 1
+    return BlockInputs(
+        calls=_count_steps(pipeline, component, given["num_inference_steps"]) * branches,
+        passed_nbytes=2 * tokens * width,
+        shared_nbytes=text + time_embedding + rotary_embedding,
+    )
 
-    def check_calibration(self, pipeline: Pipeline, sampling: Sampling) -> None:
-        """Check that calibration has steps on both sides of the boundary."""
-        import diffusers
 
-        part = pipeline.components["scheduler"]
-        scheduler_class = getattr(diffusers, part.class_name, None)
-        if scheduler_class is None:
-            raise CheckpointError(f"{part.folder}: {part.class_name} is no class of the installed diffusers")
-        scheduler = scheduler_class.from_config(read_json(part.folder / "scheduler_config.json"))
-        steps = sampling.num_inference_steps
-        scheduler.set_timesteps(steps)
-        boundary = pipeline.config["boundary_ratio"] * scheduler.config.num_train_timesteps
-        noisy = int((scheduler.timesteps >= boundary).sum())
-        if noisy in (0, len(scheduler.timesteps)):
-            idle = "transformer" if noisy == 0 else "transformer_2"
-            raise RecipeError(
-                f"calibration.num_inference_steps: {steps} leaves {idle} without a step, as boundary_ratio is "
-                f"{pipeline.config['boundary_ratio']}; give more steps"
-            )
+def _count_steps(pipeline: Pipeline, component: str, steps: int) -> int:
+    """Return how many of the denoising steps a transformer does; all of them where no scheduler is at hand."""
+    boundary = pipeline.config.get("boundary_ratio")
+    part = pipeline.components.get("scheduler")
+    if boundary is None or part is None:
+        return steps
+    import diffusers
+
+    scheduler_class = getattr(diffusers, part.class_name, None)
+    if scheduler_class is None:
+        raise CheckpointError(f"{part.folder}: {part.class_name} is no class of the installed diffusers")
+    scheduler = scheduler_class.from_config(read_json(part.folder / "scheduler_config.json"))
+    scheduler.set_timesteps(steps)
+    noisy = int((scheduler.timesteps >= boundary * scheduler.config.num_train_timesteps).sum())
+    return noisy if component == "transformer" else len(scheduler.timesteps) - noisy
 
 
-T2V = _TwoExperts(
+T2V = DiffusionFamily(
     name="wan2.2-t2v",
     task="t2v",
     blocks={"transformer": ("blocks",), "transformer_2": ("blocks",)},
@@ -59,6 +78,7 @@ T2V = _TwoExperts(
         max_sequence_length=512,
     ),
     kept=_KEPT,
+    block_inputs=_block_inputs,
 )
 
 I2V = replace(
@@ -82,4 +102,5 @@ TI2V = DiffusionFamily(
         max_sequence_length=512,
     ),
     kept=_KEPT,
+    block_inputs=_block_inputs,
 )

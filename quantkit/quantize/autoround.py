@@ -1,22 +1,24 @@
 """The child process of `quantkit.quantize.tuning`: the only module that imports auto_round.
 
-Run as ``python -m quantkit.quantize.autoround JOB DESCRIPTOR``. Only auto-round's tuning is used: packing and
-writing are quantkit's own, so that what ends in the checkpoint is the plan and nothing else.
+Run as ``python -m quantkit.quantize.autoround JOB BLOCKS DESCRIPTOR``. Only auto-round's tuning is used: packing
+and writing are quantkit's own, so that what ends in the checkpoint is the plan and nothing else.
 
-The child speaks JSON lines on the pipe it is given (progress, block losses, how it failed) and logs to its standard
-output. It ends itself when its parent dies.
+The child speaks JSON lines on the pipe it is given (progress, tuned blocks, how it failed) and logs to its
+standard output. It ends itself when its parent dies.
 """
 
 from __future__ import annotations
 
+import inspect
 import io
+import itertools
 import json
 import logging
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,16 +26,21 @@ from typing import TYPE_CHECKING, Any
 from quantkit.errors import QuantkitError
 from quantkit.families.base import DiffusionFamily
 from quantkit.families.registry import get_family
-from quantkit.quantize.tuning import Job, Layer
+from quantkit.quantize.drawing import expose
+from quantkit.quantize.packing import pack_layers, unpack_layers
+from quantkit.quantize.resume import TunedBlock, TunedBlocks, random_state, restore_random_state
+from quantkit.quantize.tuning import Job
 from quantkit.recipe.prompts import Prompt
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 _LOSS = re.compile(r"loss iter 0: (\S+) -> iter (\d+): (\S+)")
 # What auto-round logs, at warning level, when it is about to do something else than it was asked.
 _IGNORED = re.compile(r"will be ignored|is ignored|unrecognized|could not find blocks|not supported", re.IGNORECASE)
+_BLOCK_PARAMETERS = ("self", "block", "fp_inputs", "input_others", "fp_outputs", "q_inputs", "block_ctx")
+
+Emit = Callable[..., None]
 
 
 class _Gone(Exception):  # noqa: N818  (no error of a user's: a refusal of the child to go on)
@@ -46,30 +53,31 @@ def _end_with_parent() -> None:
 
 
 class _Follower(logging.Handler):
-    """Turns auto-round's log into events, and its warnings about things it skips into a refusal."""
+    """Reads losses from auto-round's log, and takes its warnings about things it skips for a refusal."""
 
-    def __init__(self, emit: Callable[..., None]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._emit = emit
-        self.component = ""
-        self.block = ""
+        self._loss: tuple[float, float] | None = None
         self.refusal: str | None = None
         self.last_error = ""
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         if match := _LOSS.search(message):
-            self._emit(
-                "loss", component=self.component, block=self.block, before=float(match[1]), after=float(match[3])
-            )
+            self._loss = float(match[1]), float(match[3])
         if record.levelno >= logging.WARNING and _IGNORED.search(message) and self.refusal is None:
             self.refusal = message
         if record.levelno >= logging.ERROR:
             self.last_error = message
 
+    def take_loss(self, summed: int) -> tuple[float, float] | None:
+        """Return the last block's mean loss before and after, once; None if auto-round logged none."""
+        loss, self._loss = self._loss, None
+        return loss and (loss[0] / summed, loss[1] / summed)
 
-def _bar(stage: str, emit: Callable[..., None], follower: _Follower) -> type:
-    """Return a silent progress bar class that reports each update; auto-round has no callback of its own."""
+
+def _silent_bar(on_update: Callable[[int, int], None]) -> type:
+    """Return a progress bar class that only tells of each update; auto-round has no callback of its own."""
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
@@ -78,49 +86,40 @@ def _bar(stage: str, emit: Callable[..., None], follower: _Follower) -> type:
 
         def update(self, n: float = 1) -> None:
             super().update(n)
-            emit("progress", stage=stage, done=int(self.n), total=int(self.total or 0), detail=follower.block)
-
-        def set_description(self, desc: str | None = None, refresh: bool | None = True) -> None:
-            if desc and desc.startswith("Quantizing ") and desc != "Quantizing done":
-                follower.block = desc.removeprefix("Quantizing ")
-            super().set_description(desc, refresh)
+            on_update(int(self.n), int(self.total or 0))
 
     return Bar
 
 
-def _run(job: Job, emit: Callable[..., None], follower: _Follower) -> None:
+def _run(job: Job, blocks: TunedBlocks, emit: Emit, follower: _Follower) -> None:
     import gc
 
     import torch
     from auto_round import AutoRound, SignRoundConfig
     from auto_round.algorithms.block_runner import register_diffusion_output
-    from auto_round.calibration import diffusion as calibration
     from auto_round.compressors import orchestrator
-    from safetensors.torch import save_file
 
     logging.getLogger("autoround").addHandler(follower)
-    calibration.tqdm = _bar("calibrate", emit, follower)
-    orchestrator.tqdm = _bar("tune", emit, follower)
+    orchestrator.tqdm = _silent_bar(lambda _done, _total: None)
     family = get_family(job.family)
     prompts = job.prompts or _download_prompts(job, family)
     emit("progress", stage="load", done=0, total=1, detail=job.source)
     pipe = family.load(Path(job.source), torch.bfloat16)
     emit("progress", stage="load", done=1, total=1, detail=job.source)
-    pipe.set_progress_bar_config(disable=True)
     for class_name, outputs in family.block_outputs.items():
         register_diffusion_output(class_name, list(outputs))
+    _report_calibration(emit)
+    _keep_blocks({name: getattr(pipe, name) for name in job.layers}, job, blocks, emit, follower)
     # auto-round collects garbage dozens of times; what is loaded by now need not be walked each time.
     gc.freeze()
     for component, layers in job.layers.items():
-        follower.component = component
-        model = getattr(pipe, component)
         tuner = AutoRound(
-            _expose(pipe, component, family, prompts, job),
+            expose(pipe, component, family, prompts, job),
             scheme={**asdict(job.default), "data_type": "int"},
             alg_configs=SignRoundConfig(
                 iters=job.iters, lr=job.lr, minmax_lr=job.minmax_lr, gradient_accumulate_steps=job.batch_size
             ),
-            to_quant_block_names=_list_blocks(model, family.blocks[component]),
+            to_quant_block_names=_list_blocks(getattr(pipe, component), job.block_lists[component]),
             layer_config={
                 name: {"bits": 16} if layer.bits == 16 else asdict(layer)
                 for name, layer in layers.items()
@@ -129,16 +128,16 @@ def _run(job: Job, emit: Callable[..., None], follower: _Follower) -> None:
             dataset=[([str(index)], [index]) for index in range(job.nsamples)],
             nsamples=job.nsamples,
             batch_size=1,
-            device_map=job.device,
+            device_map=",".join(job.devices),
             seed=job.seed,
             low_cpu_mem_usage=False,
-            enable_torch_compile=False if job.device == "cpu" else None,
+            low_gpu_mem_usage=job.cache_on_host,
+            enable_torch_compile=False if job.devices == ["cpu"] else None,
             calib_num_inference_steps=job.call_kwargs["num_inference_steps"],
         )
         tuner.quantize()
         if follower.refusal is not None:
             raise _Gone(follower.refusal)
-        save_file(dict(_pack(model, layers)), Path(job.result) / f"{component}.safetensors")
 
 
 def _list_blocks(model: torch.nn.Module, paths: Sequence[str]) -> list[list[str]]:
@@ -146,44 +145,10 @@ def _list_blocks(model: torch.nn.Module, paths: Sequence[str]) -> list[list[str]
     from auto_round.algorithms.block_runner import BlockForwardRunner
 
     lists: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
-    for block in {type(block): block for blocks in lists.values() for block in blocks}.values():
-        if type(block).__name__ not in BlockForwardRunner.DIFFUSION_OUTPUT_CONFIGS:
-            raise _Gone(
-                f"it does not know what {type(block).__name__} returns; the family must say it in block_outputs"
-            )
+    for name in {type(block).__name__ for blocks in lists.values() for block in blocks}:
+        if name not in BlockForwardRunner.DIFFUSION_OUTPUT_CONFIGS:
+            raise _Gone(f"it does not know what {name} returns; the family must say it in block_outputs")
     return [[f"{path}.{index}" for index in range(len(blocks))] for path, blocks in lists.items()]
-
-
-def _expose(pipe: Any, component: str, family: DiffusionFamily, prompts: Sequence[Prompt], job: Job) -> Any:
-    """Return a pipeline that has but one transformer, and that draws with the whole one when it is called.
-
-    auto-round tunes ``transformer``, and whatever else has such a name with the same settings. Here every component
-    has its own run and its own settings, and the calls are ours: auto-round would start every prompt from the same
-    noise, know only part of the arguments, and decode pictures that nobody looks at.
-    """
-    import torch
-    from diffusers import DiffusionPipeline
-
-    class Exposed(DiffusionPipeline):  # type: ignore[misc]
-        def __init__(self, transformer: torch.nn.Module) -> None:
-            super().__init__()
-            self.register_modules(transformer=transformer)
-
-        def __call__(self, indices: list[int], **_given: Any) -> None:
-            move_others(self.device)
-            for index in indices:
-                generator = torch.Generator("cpu").manual_seed(job.noise_seed + index)
-                kwargs = family.prompt_kwargs(prompts[index])
-                pipe(**kwargs, generator=generator, output_type="latent", **job.call_kwargs)
-            if indices[-1] == job.nsamples - 1:
-                move_others("cpu")  # tuning needs the room
-
-    def move_others(device: Any) -> None:
-        for name, part in pipe.components.items():
-            if name != component and isinstance(part, torch.nn.Module):
-                part.to(device)
-
-    return Exposed(getattr(pipe, component))
 
 
 def _download_prompts(job: Job, family: DiffusionFamily) -> list[Prompt]:
@@ -201,37 +166,100 @@ def _download_prompts(job: Job, family: DiffusionFamily) -> list[Prompt]:
     return prompts[: job.nsamples]
 
 
-def _pack(model: torch.nn.Module, layers: Mapping[str, Layer]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the packed tensors of every tuned layer, by full name."""
+def _report_calibration(emit: Emit) -> None:
+    """Make auto-round report each calibration image, and how much it has collected in the end."""
+    from auto_round.calibration import diffusion
+
+    diffusion.tqdm = _silent_bar(lambda done, total: emit("progress", stage="calibrate", done=done, total=total))
+    collect = diffusion.DiffusionCalibrator.calib
+
+    def collect_and_count(calibrator: Any, nsamples: int, batch_size: int) -> None:
+        collect(calibrator, nsamples, batch_size)
+        emit("cached", nbytes=_count_bytes(calibrator.inputs))
+
+    diffusion.DiffusionCalibrator.calib = collect_and_count
+
+
+def _count_bytes(values: Any) -> int:
+    """Return the bytes of all tensors in nested dicts, lists and tuples."""
+    if isinstance(values, Mapping):
+        return sum(map(_count_bytes, values.values()))
+    if isinstance(values, list | tuple):
+        return sum(map(_count_bytes, values))
+    return int(getattr(values, "nbytes", 0))
+
+
+def _keep_blocks(
+    components: Mapping[str, torch.nn.Module], job: Job, blocks: TunedBlocks, emit: Emit, follower: _Follower
+) -> None:
+    """Make auto-round keep each block that it has tuned, and not tune again those that were kept before.
+
+    This stands in for the one call in which auto-round changes a block's weights. Before the call it computes the
+    block's 16-bit output, after it, with the changed weights, the inputs of the next block; it does so for a block
+    that was kept, too, so the blocks after it see what they would have seen.
+    """
     import torch
+    from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
 
-    from quantkit.quantize.plan import PACKING_FORMAT
-    from quantkit_runtime.config import Scheme
-    from quantkit_runtime.format import pack
+    tune_block = SignRoundQuantizer.quantize_block
+    if tuple(inspect.signature(tune_block).parameters)[: len(_BLOCK_PARAMETERS)] != _BLOCK_PARAMETERS:
+        raise _Gone("this version tunes blocks in another way; install auto-round 0.16")
+    kept = len(blocks.files)
+    lists: list[Any] = [
+        components[component].get_submodule(path) for component, paths in job.block_lists.items() for path in paths
+    ]
+    total = sum(map(len, lists))
+    accelerators = [torch.device(device) for device in job.devices if device != "cpu"]
+    indices = itertools.count()
 
-    for name, layer in layers.items():
-        module: Any = model.get_submodule(name)
-        scale = getattr(module, "scale", None)
-        if (scale is None) != (layer.bits == 16):
-            raise _Gone(f"{name} was {'not ' if scale is None else ''}tuned, against the plan")
-        if scale is None:
-            continue
-        scheme = Scheme(layer.bits, layer.group_size, layer.sym, packing_format=PACKING_FORMAT)
-        weight = module.weight.detach().cpu()
-        rows = weight.shape[0]
-        scales = scale.detach().cpu().reshape(rows, -1).to(torch.float16)
-        zero = module.zp
-        zeros = zero.detach().cpu().reshape(rows, -1).float() if isinstance(zero, torch.Tensor) else float(zero)
-        # The tuned weight is scale * (code - zero), rounded to the model's dtype: dividing gives the code back.
-        levels = weight.float().view(rows, scales.shape[1], -1) / scales.float().unsqueeze(-1)
-        offsets = zeros.unsqueeze(-1) if isinstance(zeros, torch.Tensor) else zeros
-        codes = (levels + offsets).round().clamp(0, scheme.max_code).to(torch.uint8).view_as(weight)
-        stored = zeros.t().to(torch.int32).contiguous() if isinstance(zeros, torch.Tensor) else None
-        for suffix, tensor in pack(codes, scales.t().contiguous(), stored, scheme).items():
-            yield f"{name}.{suffix}", tensor
+    def take_up_or_tune(
+        quantizer: Any,
+        block: torch.nn.Module,
+        fp_inputs: Any,
+        input_others: Any,
+        fp_outputs: Any,
+        q_inputs: Any,
+        block_ctx: Any,
+        **options: Any,
+    ) -> dict[str, Any]:
+        index, name = next(indices), block_ctx.block_name
+        component = next(key for key, module in components.items() if module is block_ctx.model)
+        layers = {layer: scheme for layer, scheme in job.layers[component].items() if layer.startswith(f"{name}.")}
+        if index < kept:
+            tuned, tensors = blocks.read(index)
+            if (tuned.component, tuned.name) != (component, name):
+                raise _Gone(f"the earlier run tuned {tuned.name} where now {name} is due; give --no-resume")
+            unpack_layers(block_ctx.model, layers, tensors)
+            restore_random_state(tuned.random, accelerators)
+            emit("progress", stage="resume", done=index + 1, total=kept, detail=name)
+        else:
+            emit("progress", stage="tune", done=index, total=total, detail=name)
+            tune_block(quantizer, block, fp_inputs, input_others, fp_outputs, q_inputs, block_ctx, **options)
+            inputs = fp_inputs if q_inputs is None else q_inputs
+            loss = follower.take_loss(_count_summed(quantizer, inputs, fp_outputs))
+            tuned = TunedBlock(component, name, loss, random_state(accelerators))
+            blocks.write(index, tuned, dict(pack_layers(block_ctx.model, layers)))
+            result = "" if loss is None else f"loss {loss[0]:.3g} to {loss[1]:.3g}"
+            emit("progress", stage="tune", done=index + 1, total=total, detail=name, result=result)
+        before, after = tuned.loss or (None, None)
+        emit("tuned", component=component, block=name, before=before, after=after, resumed=index < kept)
+        return {}
+
+    SignRoundQuantizer.quantize_block = take_up_or_tune
 
 
-def main(job_path: str, descriptor: str) -> int:
+def _count_summed(quantizer: Any, inputs: Any, outputs: list[torch.Tensor]) -> int:
+    """Return how many squared errors auto-round adds up to the loss that it logs.
+
+    It divides by their number itself, but for steps of several inputs that it holds in a dictionary.
+    """
+    batch = quantizer.calibration_context.batch_size * quantizer.gradient_accumulate_steps
+    if quantizer.gradient_accumulate_steps == 1 or isinstance(inputs, list):
+        return 1
+    return int(min(batch, len(outputs)) * outputs[0].numel())
+
+
+def main(job_path: str, blocks: str, descriptor: str) -> int:
     """Run a job and report on the pipe; the return value is the exit code."""
     events = os.fdopen(int(descriptor), "w", encoding="utf-8", buffering=1)
 
@@ -239,21 +267,33 @@ def main(job_path: str, descriptor: str) -> int:
         events.write(json.dumps({"kind": kind, **fields}) + "\n")
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    follower = _Follower(emit)
+    follower = _Follower()
+    out_of_memory = False
     try:
-        _run(Job.read(Path(job_path)), emit, follower)
+        _run(Job.read(Path(job_path)), TunedBlocks(Path(blocks)), emit, follower)
     except SystemExit as error:
         reason = follower.last_error or str(error)
     except (QuantkitError, _Gone) as error:
         reason = str(error)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}"
     except Exception as error:
         logging.getLogger("autoround").exception("the job failed")
         first_line = (str(error).splitlines() or [""])[0]
         reason = f"{type(error).__name__}: {first_line}"
+        out_of_memory = _is_out_of_memory(error)
     else:
         return 0
-    emit("failed", reason=follower.refusal or reason)
+    emit("failed", reason=follower.refusal or reason, out_of_memory=out_of_memory)
     return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    # The CPU's allocator raises a bare RuntimeError.
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
 
 
 if __name__ == "__main__":

@@ -8,24 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Pipeline, open_pipeline, read_header
-from quantkit.errors import CheckpointError, OutputError, QuantizationError, UnsupportedModelError
+from quantkit.checkpoint import Pipeline, open_pipeline
+from quantkit.errors import CheckpointError, OutputError, QuantizationError, RecipeError, UnsupportedModelError
 from quantkit.families.base import DiffusionFamily
 from quantkit.families.registry import detect, get_family
 from quantkit.quantize.card import render_card
+from quantkit.quantize.devices import resolve_devices
 from quantkit.quantize.export import place_untouched, write_component, write_json
+from quantkit.quantize.jobs import fingerprint, identify, make_job
 from quantkit.quantize.manifest import SCHEMA_VERSION, hash_files, library_versions
+from quantkit.quantize.memory import CalibrationMemory, cache_fits, check_memory, estimate_memory, keys_to_lower
 from quantkit.quantize.plan import ComponentPlan, Plan, PlannedLayer, make_plan, quantization_config
-from quantkit.quantize.progress import OnProgress, Progress, ignore
+from quantkit.quantize.progress import OnNotice, OnProgress, Progress, ignore
+from quantkit.quantize.resume import TunedBlocks, open_blocks
 from quantkit.quantize.rtn import Pack, round_to_nearest
 from quantkit.quantize.tensors import read_tensor, read_tensors
-from quantkit.quantize.tuning import BlockLoss, Job, Layer, tune
+from quantkit.quantize.tuning import Tuned, tune
 from quantkit.quantize.verify import LayerError, verify
 from quantkit.recipe.load import MANIFEST, LoadedRecipe
 from quantkit.recipe.locate import find_prompts
 from quantkit.recipe.prompts import Prompt, read_prompts
 from quantkit.recipe.schema import parse_size
-from quantkit.staging import stage
+from quantkit.staging import Staging, stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +48,8 @@ class Prepared:
     plan: Plan
     prompts: list[Prompt]
     """Calibration prompts; empty for round-to-nearest."""
+    memory: CalibrationMemory | None
+    """What calibration will take; None for round-to-nearest, and where the family cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class Quantized:
     output: Path
     plan: Plan
     errors: list[LayerError]
-    losses: list[BlockLoss]
+    tuned: Tuned | None
+    """What tuning reported; None for round-to-nearest."""
     nbytes: int
     """Of all files of the checkpoint."""
     seconds: float
@@ -86,13 +93,12 @@ def prepare(loaded: LoadedRecipe, source: Path) -> Prepared:
     for section in (recipe.calibration, recipe.compare, recipe.serve):
         family.sampling_for(recipe.sampling, section)
     plan = make_plan(pipeline, family, recipe)
-    prompts: list[Prompt] = []
-    if recipe.scheme.tuned:
-        family.check_calibration(pipeline, family.sampling_for(recipe.sampling, recipe.calibration))
-        prompts = _calibration_prompts(loaded)
-        for prompt in prompts:
-            family.prompt_kwargs(prompt)  # a missing or damaged picture shows here, not after an hour
-    return Prepared(loaded, family, plan, prompts)
+    if not recipe.scheme.tuned:
+        return Prepared(loaded, family, plan, [], None)
+    prompts = _calibration_prompts(loaded)
+    for prompt in prompts:
+        family.prompt_kwargs(prompt)  # a missing or damaged picture shows here, not after an hour
+    return Prepared(loaded, family, plan, prompts, estimate_memory(plan, family, recipe))
 
 
 def _calibration_prompts(loaded: LoadedRecipe) -> list[Prompt]:
@@ -115,37 +121,47 @@ def quantize(
     *,
     device: str = "cpu",
     overwrite: bool = False,
+    resume: bool = True,
     on_progress: OnProgress = ignore,
+    on_notice: OnNotice = ignore,
 ) -> Quantized:
     """Carry out a prepared run and publish the checkpoint.
 
     Args:
         prepared: From `prepare`.
         output: Folder of the checkpoint; it appears complete and verified or not at all.
-        device: Where tuning runs, e.g. ``cpu`` or ``cuda:0``.
+        device: Where tuning runs, e.g. ``cpu``, ``cuda:0`` or ``auto``.
         overwrite: Replace an existing output, after the new checkpoint has been verified.
+        resume: Go on after the blocks that an earlier, failed run to the same output has tuned, if it was for the
+            same recipe, source, device type and versions.
         on_progress: Told of every step.
+        on_notice: Told of what is taken up of an earlier run, or why nothing is.
 
     Raises:
         CheckpointError: If the source holds NaN or infinity.
         OutputError: If the output exists, cannot be written, or holds the source.
-        QuantizationError: If tuning fails, or the result does not match the plan.
+        QuantizationError: If tuning fails or does not fit the memory, or the result does not match the plan.
+        RecipeError: If a device is not here, or is one too many.
     """
     started = time.monotonic()
     plan, recipe = prepared.plan, prepared.loaded.recipe
     if plan.pipeline.folder.resolve().is_relative_to(output.resolve()):
         raise OutputError(f"{output}: holds the model that is to be quantized; give another --output")
+    devices = resolve_devices(device)
+    if len(devices) > 1:
+        raise RecipeError(
+            f"--device: auto-round tunes a {prepared.family.name} model on one device; give one of them"
+        )
     need_bytes = plan.nbytes_after + _SLACK_BYTES
     if recipe.scheme.tuned:  # what tuning leaves is there twice until the checkpoint is written
         need_bytes += sum(layer.nbytes for part in plan.components for layer in part.layers)
     with stage(output, overwrite=overwrite, need_bytes=need_bytes, marker="model_index.json") as staging:
         _check_finite(plan.pipeline, on_progress)
-        losses: list[BlockLoss] = []
+        tuned: Tuned | None = None
         packs = {part.component.name: round_to_nearest(part.component) for part in plan.components}
         if recipe.scheme.tuned:
-            job = _job(prepared, device, staging.work / "tuned")
-            losses = tune(job, staging.work, on_progress)
-            packs = {part.component.name: _from_file(part, Path(job.result)) for part in plan.components}
+            tuned, blocks = _tune(prepared, devices, staging, resume, on_progress, on_notice)
+            packs = {part.component.name: _from_blocks(part, blocks) for part in plan.components}
         versions = library_versions()
         place_untouched(plan.pipeline, [*packs], staging.content)
         for part in plan.components:
@@ -162,13 +178,13 @@ def quantize(
             )
         errors = _verify(staging.content, plan, on_progress)
         seconds = time.monotonic() - started
-        manifest = _manifest(prepared, errors, losses, versions, device, seconds, staging.content)
+        manifest = _manifest(prepared, errors, tuned, versions, devices[0], seconds, staging.content)
         (staging.content / "README.md").write_text(render_card(manifest), encoding="utf-8")
         manifest["files"] = hash_files(staging.content, on_progress)
         write_json(staging.content / MANIFEST, manifest)
         staging.publish(overwrite=overwrite)
     nbytes = sum(entry["bytes"] for entry in manifest["files"].values())
-    return Quantized(output, plan, errors, losses, nbytes, time.monotonic() - started)
+    return Quantized(output, plan, errors, tuned, nbytes, time.monotonic() - started)
 
 
 def _check_finite(pipeline: Pipeline, on_progress: OnProgress) -> None:
@@ -182,41 +198,28 @@ def _check_finite(pipeline: Pipeline, on_progress: OnProgress) -> None:
         on_progress(Progress("check", number, len(infos), info.name))
 
 
-def _job(prepared: Prepared, device: str, result: Path) -> Job:
-    recipe = prepared.loaded.recipe
-    scheme = recipe.scheme
-    layers = {}
-    for part in prepared.plan.components:
-        layers[part.component.name] = {
-            **{
-                layer.name: Layer(layer.scheme.bits, layer.scheme.group_size, layer.scheme.sym)
-                for layer in part.layers
-            },
-            **{name: Layer(16, scheme.group_size, scheme.sym) for name in part.kept_in_blocks},
-        }
-    return Job(
-        source=str(prepared.plan.pipeline.folder),
-        family=prepared.family.name,
-        layers=layers,
-        default=Layer(scheme.bits, scheme.group_size, scheme.sym),
-        prompts=prepared.prompts,
-        dataset=recipe.calibration.dataset,
-        nsamples=scheme.nsamples,
-        call_kwargs=prepared.family.call_kwargs(prepared.family.sampling_for(recipe.sampling, recipe.calibration)),
-        iters=scheme.iters,
-        lr=scheme.lr,
-        minmax_lr=scheme.minmax_lr,
-        batch_size=scheme.batch_size,
-        seed=scheme.seed,
-        noise_seed=recipe.calibration.seed,
-        device=device,
-        result=str(result),
-    )
+def _tune(
+    prepared: Prepared,
+    devices: tuple[str, ...],
+    staging: Staging,
+    resume: bool,
+    on_progress: OnProgress,
+    on_notice: OnNotice,
+) -> tuple[Tuned, TunedBlocks]:
+    plan, family, recipe = prepared.plan, prepared.family, prepared.loaded.recipe
+    on_host = not cache_fits(prepared.memory, devices[0])
+    if prepared.memory is not None:
+        keys = keys_to_lower(family, recipe, cached=True)
+        check_memory(prepared.memory, keys, cache_on_host=on_host or devices == ("cpu",))
+    job = make_job(plan, family, recipe, prepared.prompts, devices=devices, cache_on_host=on_host)
+    identity = identify(job, fingerprint(plan.pipeline, on_progress), library_versions())
+    blocks = open_blocks(staging.kept, identity, resume=resume, on_notice=on_notice)
+    return tune(job, blocks, staging.work, on_progress), blocks
 
 
-def _from_file(part: ComponentPlan, result: Path) -> Pack:
-    """Return a function that gives the packed tensors which tuning left in a file."""
-    infos = read_header(result / f"{part.component.name}.safetensors")
+def _from_blocks(part: ComponentPlan, blocks: TunedBlocks) -> Pack:
+    """Return a function that gives the packed tensors which tuning left."""
+    infos = blocks.find_tensors(part.component.name)
 
     def pack_layer(layer: PlannedLayer) -> dict[str, Tensor]:
         missing = [name for name in layer.tensors if name not in infos]
@@ -245,7 +248,7 @@ def _verify(checkpoint: Path, plan: Plan, on_progress: OnProgress) -> list[Layer
 def _manifest(
     prepared: Prepared,
     errors: list[LayerError],
-    losses: list[BlockLoss],
+    tuned: Tuned | None,
     versions: dict[str, str],
     device: str,
     seconds: float,
@@ -272,10 +275,16 @@ def _manifest(
         },
         "samples": loaded.recipe.scheme.nsamples if loaded.recipe.scheme.tuned else 0,
         "plan": described,
-        "block_losses": [vars(loss) for loss in losses],
+        "block_losses": [] if tuned is None else [vars(loss) for loss in tuned.losses],
         "sizes": {"before": plan.nbytes_before, "after": after},
         "versions": versions,
-        "run": {"device": device, "threads": _threads(), "seconds": round(seconds, 1)},
+        "run": {
+            "device": device,
+            "threads": _threads(),
+            "seconds": round(seconds, 1),
+            "resumed_blocks": 0 if tuned is None else tuned.resumed,
+            "cached_bytes": 0 if tuned is None else tuned.cached_nbytes,
+        },
     }
 
 

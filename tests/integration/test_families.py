@@ -60,7 +60,7 @@ CASES = {
     "wan_t2v": Case("wan2.2-t2v", "t2v", {"transformer": WAN, "transformer_2": WAN}, {"num_frames": 5}),
     "wan_i2v": Case("wan2.2-i2v", "i2v", {"transformer": WAN, "transformer_2": WAN}, {"num_frames": 5}),
     "wan_ti2v": Case("wan2.2-ti2v", "t2v", {"transformer": WAN}, {"num_frames": 5}),
-    "glm_image": Case("glm-image", "t2i", {"transformer": GLM}),
+    "glm_image": Case("glm-image", "t2i", {"transformer": GLM}, {"height": 128, "width": 128}),
     "ovis_image": Case("ovis-image", "t2i", {"transformer": OVIS}),
 }
 every_family = pytest.mark.parametrize("model", CASES)
@@ -140,6 +140,10 @@ def generate(pipeline, prepared_run, *, prompt="a red circle", seed=3):
     return torch.as_tensor(pictures), latents[-1]
 
 
+def manifest(checkpoint):
+    return json.loads((checkpoint / "quantkit.json").read_text(encoding="utf-8"))
+
+
 def dequantized(source, checkpoint):
     """Load a source with the packed layers' weights replaced by what they dequantize to."""
     pipeline = load(source)
@@ -162,7 +166,7 @@ def test_the_layers_of_the_blocks_are_packed_and_no_others(quantized, tiny_model
     assert packed == CASES[model].layers
     for name in packed:
         assert (result.output / name / "diffusion_pytorch_model.safetensors").is_file()
-    blocks = {(loss.component, loss.block) for loss in result.losses}
+    blocks = {(loss["component"], loss["block"]) for loss in manifest(result.output)["block_losses"]}
     tuned = {(part, ".".join(name.split(".")[:2])) for part, names in packed.items() for name in names}
     assert blocks == (tuned if overrides else set())
 
@@ -202,6 +206,12 @@ def test_tuning_changes_every_component(quantized, model):
         assert any(
             not torch.equal(read_tensor(one[key]), read_tensor(other[key])) for key in one if "qweight" in key
         )
+
+
+@every_family
+def test_calibration_caches_what_was_estimated(quantized, prepared, model):
+    estimate = prepared(model, *TUNED).memory.cached_nbytes
+    assert manifest(quantized(model, *TUNED).output)["run"]["cached_bytes"] == pytest.approx(estimate, rel=0.1)
 
 
 @every_family
@@ -327,7 +337,7 @@ def test_calibration_of_image_to_video_without_pictures_is_refused(prepared, tmp
 def test_a_data_set_that_autoround_reads_brings_its_pictures(quantized, recipes, tiny_model):
     captions = recipes["wan_i2v"].parent / "captions.tsv"
     result = quantized("wan_i2v", *TUNED, "calibration.prompts=null", f"calibration.dataset={captions}")
-    assert len(result.losses) == 4
+    assert len(manifest(result.output)["block_losses"]) == 4
     assert verify(result.output, source=tiny_model("wan_i2v")).problems == []
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.quantize.manifest import hash_file
 from quantkit.quantize.verify import verify
 
 # Imports once, then forks for each command line it reads: the child runs the real command line from its start.
@@ -36,20 +37,27 @@ for line in sys.stdin:
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+KILLER = Path(__file__).parent / "killer"
 RTN_KILLS = 10
 TUNED_KILLS = 10
 
 
 class Quantizer:
-    def __init__(self, recipe, model, output):
+    def __init__(self, recipe, model, output, **environment):
         self.output = output
         self.arguments = ["quantize", "-r", str(recipe), "-m", str(model), "-o", str(output), "--device", "cpu"]
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.kill()
+        self.server.wait()
+        self.server.stdout.close()
 
     def run(self, *options, kill_after_s=None):
         """Run once; kill it after a while. Return its exit code and how long it ran."""
@@ -78,10 +86,7 @@ class Quantizer:
 def quantizer(quantize_tiny, flux_model, tmp_path):
     made = Quantizer(quantize_tiny.recipe, flux_model, tmp_path / "out")
     yield made
-    made.server.stdin.close()
-    made.server.kill()
-    made.server.wait()
-    made.server.stdout.close()
+    made.close()
 
 
 def moments(count, duration_s):
@@ -144,13 +149,43 @@ def test_killed_overwriting_leaves_the_old_or_the_new_checkpoint(quantizer, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_killed_tuning_leaves_no_part_and_no_process(quantizer, tmp_path):
-    options = ("--set", "scheme.iters=1")
+def test_killed_tuning_leaves_no_part_and_no_process_and_ends_with_the_same_bytes(quantizer, tmp_path):
+    options = ("--set", "scheme.iters=2", "--set", "scheme.lr=0.3")
     code, duration_s = quantizer.run(*options)
     assert code == 0
+    uninterrupted = hash_weights(quantizer.output)
     subprocess.run(["rm", "-r", quantizer.output], check=True)
     left = kill_repeatedly(quantizer, options, duration_s, TUNED_KILLS, {None, 4})
     assert None in left
     assert quantizer.run("--overwrite", *options)[0] == 0
     assert verify(quantizer.output).problems == []
+    assert hash_weights(quantizer.output) == uninterrupted
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_while_a_block_is_tuned_the_next_run_goes_on_after_the_last_one(
+    quantizer, quantize_tiny, flux_model, tmp_path
+):
+    options = ("--set", "scheme.iters=2", "--set", "scheme.lr=0.3")
+    assert quantizer.run(*options)[0] == 0
+    uninterrupted = hash_weights(quantizer.output)
+    subprocess.run(["rm", "-r", quantizer.output], check=True)
+    path = os.pathsep.join(filter(None, (str(KILLER), os.environ.get("PYTHONPATH"))))
+    victim = Quantizer(
+        quantize_tiny.recipe, flux_model, tmp_path / "out", PYTHONPATH=path, QUANTKIT_TEST_KILL="2:before:parent"
+    )
+    try:
+        assert victim.run(*options)[0] == -signal.SIGKILL
+    finally:
+        victim.close()
+    wait_until_gone(quantizer)
+    kept = sorted((tmp_path / ".out.resume").rglob("*.safetensors"))
+    assert [block.name[:5] for block in kept] == ["00000", "00001"]
+    assert quantizer.run(*options)[0] == 0
+    assert json.loads((quantizer.output / "quantkit.json").read_text())["run"]["resumed_blocks"] == len(kept)
+    assert hash_weights(quantizer.output) == uninterrupted
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def hash_weights(checkpoint):
+    return {path.relative_to(checkpoint): hash_file(path) for path in checkpoint.rglob("*.safetensors")}
