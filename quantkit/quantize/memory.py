@@ -14,8 +14,8 @@ from quantkit.recipe.schema import Recipe
 # Beside the inputs of the first blocks: what the 16-bit block makes of its inputs, the inputs from the quantized
 # blocks before it, and what it makes of those.
 _COPIES_WHILE_TUNING = 3
-# Of a device's memory; the rest is for the model's other parts, the block's gradients and fragmentation.
-_CACHE_SHARE = 0.5
+# Of a device's memory; the rest is for activations, gradients and fragmentation.
+_DEVICE_SHARE = 0.9
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -83,8 +83,9 @@ def keys_to_lower(family: DiffusionFamily, recipe: Recipe, *, cached: bool) -> l
     keys = [f"calibration.{key}" for key in sizes if key in given]
     if not cached:
         return keys
-    guidance = [key for key in ("true_cfg_scale", "guidance_scale") if float(given.get(key, 0)) > 1]
-    return ["scheme.nsamples", *(f"calibration.{key}" for key in ("num_inference_steps", *guidance)), *keys]
+    guidance = "true_cfg_scale" if "true_cfg_scale" in given else "guidance_scale"
+    branches = [f"calibration.{guidance}"] if float(given.get(guidance, 0)) > 1 else []
+    return ["scheme.nsamples", "calibration.num_inference_steps", *branches, *keys]
 
 
 def check_memory(memory: CalibrationMemory, keys: Sequence[str], *, cache_on_host: bool) -> None:
@@ -108,7 +109,7 @@ def check_memory(memory: CalibrationMemory, keys: Sequence[str], *, cache_on_hos
 
 
 def cache_fits(memory: CalibrationMemory | None, device: str) -> bool:
-    """Say whether cached inputs may stay on the device while blocks are tuned, which is faster.
+    """Say whether the whole pipeline and its cached inputs fit on the device, which is faster.
 
     Args:
         memory: The estimate; None where there is none.
@@ -121,7 +122,7 @@ def cache_fits(memory: CalibrationMemory | None, device: str) -> bool:
     ask = getattr(torch.get_device_module(device), "get_device_properties", None)
     if memory is None or ask is None:
         return False
-    return bool(memory.peak_nbytes <= _CACHE_SHARE * ask(device).total_memory)
+    return bool(memory.model_nbytes + memory.peak_nbytes <= _DEVICE_SHARE * ask(device).total_memory)
 
 
 def available_memory() -> int | None:

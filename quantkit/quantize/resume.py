@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,6 +107,12 @@ class TunedBlocks:
         content = save(prefixed, metadata={"block": json.dumps(asdict(block))})
         digest = hashlib.sha256(content).hexdigest()
         _write_durably(self.folder / f"{index:05}-{digest}.safetensors", content)
+
+    def discard(self) -> None:
+        """Remove the folder, and the one around it if nothing else is in there."""
+        shutil.rmtree(self.folder)
+        if not any(self.folder.parent.iterdir()):
+            self.folder.parent.rmdir()
 
     def drop_damaged(self) -> Path | None:
         """Remove the first block whose file is not what was written, and all after it.

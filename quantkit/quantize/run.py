@@ -152,6 +152,7 @@ def quantize(
         raise RecipeError(
             f"--device: auto-round tunes a {prepared.family.name} model on one device; give one of them"
         )
+    cache_on_host = _place_cache(prepared, devices)
     need_bytes = plan.nbytes_after + _SLACK_BYTES
     if recipe.scheme.tuned:  # what tuning leaves is there twice until the checkpoint is written
         need_bytes += sum(layer.nbytes for part in plan.components for layer in part.layers)
@@ -160,7 +161,7 @@ def quantize(
         tuned: Tuned | None = None
         packs = {part.component.name: round_to_nearest(part.component) for part in plan.components}
         if recipe.scheme.tuned:
-            tuned, blocks = _tune(prepared, devices, staging, resume, on_progress, on_notice)
+            tuned, blocks = _tune(prepared, devices, cache_on_host, staging, resume, on_progress, on_notice)
             packs = {part.component.name: _from_blocks(part, blocks) for part in plan.components}
         versions = library_versions()
         place_untouched(plan.pipeline, [*packs], staging.content)
@@ -198,23 +199,39 @@ def _check_finite(pipeline: Pipeline, on_progress: OnProgress) -> None:
         on_progress(Progress("check", number, len(infos), info.name))
 
 
+def _place_cache(prepared: Prepared, devices: tuple[str, ...]) -> bool:
+    """Check that calibration fits; say whether the host has to hold what a device cannot."""
+    if not prepared.loaded.recipe.scheme.tuned:
+        return False
+    on_host = not cache_fits(prepared.memory, devices[0])
+    if prepared.memory is not None:
+        keys = keys_to_lower(prepared.family, prepared.loaded.recipe, cached=True)
+        check_memory(prepared.memory, keys, cache_on_host=on_host or devices == ("cpu",))
+    return on_host
+
+
 def _tune(
     prepared: Prepared,
     devices: tuple[str, ...],
+    cache_on_host: bool,
     staging: Staging,
     resume: bool,
     on_progress: OnProgress,
     on_notice: OnNotice,
 ) -> tuple[Tuned, TunedBlocks]:
     plan, family, recipe = prepared.plan, prepared.family, prepared.loaded.recipe
-    on_host = not cache_fits(prepared.memory, devices[0])
-    if prepared.memory is not None:
-        keys = keys_to_lower(family, recipe, cached=True)
-        check_memory(prepared.memory, keys, cache_on_host=on_host or devices == ("cpu",))
-    job = make_job(plan, family, recipe, prepared.prompts, devices=devices, cache_on_host=on_host)
+    job = make_job(plan, family, recipe, prepared.prompts, devices=devices, cache_on_host=cache_on_host)
     identity = identify(job, fingerprint(plan.pipeline, on_progress), library_versions())
     blocks = open_blocks(staging.kept, identity, resume=resume, on_notice=on_notice)
-    return tune(job, blocks, staging.work, on_progress), blocks
+    try:
+        return tune(job, blocks, staging.work, on_progress), blocks
+    except BaseException:
+        if kept := len(blocks.files):
+            plural = "block is" if kept == 1 else "blocks are"
+            on_notice(f"{kept} tuned {plural} kept in {staging.kept}; the same command goes on from there")
+        else:
+            blocks.discard()
+        raise
 
 
 def _from_blocks(part: ComponentPlan, blocks: TunedBlocks) -> Pack:

@@ -18,7 +18,7 @@ from quantkit.quantize.verify import verify
 
 # Imports once, then forks for each command line it reads: the child runs the real command line from its start.
 SERVER = """
-import os, sys
+import json, os, sys
 import torch, diffusers, transformers
 from diffusers import FluxTransformer2DModel
 import quantkit.quantize.run, quantkit.cli.main
@@ -28,7 +28,9 @@ for line in sys.stdin:
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
-        sys.argv = ["quantkit", *__import__("json").loads(line)]
+        arguments, environment = json.loads(line)
+        os.environ.update(environment)
+        sys.argv = ["quantkit", *arguments]
         try:
             quantkit.cli.main.main()
         except SystemExit as end:
@@ -43,25 +45,19 @@ TUNED_KILLS = 10
 
 
 class Quantizer:
-    def __init__(self, recipe, model, output, **environment):
+    def __init__(self, recipe, model, output):
         self.output = output
         self.arguments = ["quantize", "-r", str(recipe), "-m", str(model), "-o", str(output), "--device", "cpu"]
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def close(self):
-        self.server.stdin.close()
-        self.server.kill()
-        self.server.wait()
-        self.server.stdout.close()
-
-    def run(self, *options, kill_after_s=None):
+    def run(self, *options, kill_after_s=None, **environment):
         """Run once; kill it after a while. Return its exit code and how long it ran."""
-        self.server.stdin.write(json.dumps([*self.arguments, *options]).encode() + b"\n")
+        self.server.stdin.write(json.dumps([[*self.arguments, *options], environment]).encode() + b"\n")
         self.server.stdin.flush()
         child = int(self.server.stdout.readline())
         began = time.monotonic()
@@ -86,7 +82,10 @@ class Quantizer:
 def quantizer(quantize_tiny, flux_model, tmp_path):
     made = Quantizer(quantize_tiny.recipe, flux_model, tmp_path / "out")
     yield made
-    made.close()
+    made.server.stdin.close()
+    made.server.kill()
+    made.server.wait()
+    made.server.stdout.close()
 
 
 def moments(count, duration_s):
@@ -163,21 +162,14 @@ def test_killed_tuning_leaves_no_part_and_no_process_and_ends_with_the_same_byte
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_killed_while_a_block_is_tuned_the_next_run_goes_on_after_the_last_one(
-    quantizer, quantize_tiny, flux_model, tmp_path
-):
+def test_killed_while_a_block_is_tuned_the_next_run_goes_on_after_the_last_one(quantizer, tmp_path):
     options = ("--set", "scheme.iters=2", "--set", "scheme.lr=0.3")
     assert quantizer.run(*options)[0] == 0
     uninterrupted = hash_weights(quantizer.output)
     subprocess.run(["rm", "-r", quantizer.output], check=True)
     path = os.pathsep.join(filter(None, (str(KILLER), os.environ.get("PYTHONPATH"))))
-    victim = Quantizer(
-        quantize_tiny.recipe, flux_model, tmp_path / "out", PYTHONPATH=path, QUANTKIT_TEST_KILL="2:before:parent"
-    )
-    try:
-        assert victim.run(*options)[0] == -signal.SIGKILL
-    finally:
-        victim.close()
+    code, _ = quantizer.run(*options, PYTHONPATH=path, QUANTKIT_TEST_KILL="2:before:parent")
+    assert code == -signal.SIGKILL
     wait_until_gone(quantizer)
     kept = sorted((tmp_path / ".out.resume").rglob("*.safetensors"))
     assert [block.name[:5] for block in kept] == ["00000", "00001"]

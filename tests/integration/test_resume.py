@@ -61,7 +61,10 @@ def test_a_run_that_is_killed_twice_ends_with_the_bytes_of_one_that_is_not(quant
     assert "its process ended with code -9, perhaps out of memory on cpu; lower scheme.nsamples" in first.error
     assert len(weight_hashes(folder)) == 1
     second = quantize(how="2:before:self")
-    assert second.notices == ["going on after 1 tuned block of an earlier run"]
+    assert second.notices == [
+        "going on after 1 tuned block of an earlier run",
+        f"2 tuned blocks are kept in {folder}; the same command goes on from there",
+    ]
     assert second.tuned == BLOCKS[1:2]
     assert len(weight_hashes(folder)) == 2
     assert not (tmp_path / "out").exists()
@@ -87,11 +90,12 @@ def test_a_changed_recipe_starts_over_and_a_full_disk_is_named(quantize, tmp_pat
     assert weight_hashes(folder) == kept
 
 
-def test_running_out_of_device_memory_names_what_to_lower(quantize):
+def test_running_out_of_device_memory_names_what_to_lower_and_leaves_nothing(quantize, tmp_path):
     assert quantize(how="memory").error == (
         "auto-round failed: out of memory on cpu; lower scheme.nsamples or calibration.num_inference_steps or "
         "calibration.height or calibration.width or calibration.max_sequence_length"
     )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_loss_is_the_mean_squared_error_whatever_the_batch(quantize, uninterrupted):

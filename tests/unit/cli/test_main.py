@@ -9,6 +9,7 @@ import pytest
 
 from quantkit import __version__
 from quantkit.cli.main import main
+from quantkit.recipe import list_recipes
 
 HEAVY = ["auto_round", "transformers", "diffusers", "triton", "fastapi", "evalscope", "torch", "pydantic", "yaml"]
 
@@ -99,7 +100,7 @@ def test_an_error_is_one_line_on_standard_error_with_code_2(run):
     assert run("quantize", "-r", "[red]none") == (
         2,
         "",
-        "error: [red]none: no such recipe (known recipes: demo-flux, flux, flux-tuned)\n",
+        f"error: [red]none: no such recipe (known recipes: {', '.join(list_recipes())})\n",
     )
 
 
@@ -184,6 +185,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run, flux_model, tmp_path)
     assert code == 0
     assert "W4 g128 sym" in output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_prints_the_memory_that_calibration_will_take(run, flux_model, quantize_tiny):
+    code, output, _ = run(
+        "quantize", "-r", quantize_tiny.recipe, "-m", flux_model, "--dry-run", "--set", "scheme.iters=1"
+    )
+    assert code == 0
+    assert "Calibration: 2 images x 2 calls cache 0.33 MB of inputs; tuning holds up to 0.58 MB" in output
 
 
 @pytest.mark.parametrize("name", ["123", "1e5", "null", "a: b", "yes", "[x]"])

@@ -57,9 +57,9 @@ def test_inputs_stay_on_a_device_that_has_room_for_them(monkeypatch):
 
     device = types.SimpleNamespace(get_device_properties=lambda _: types.SimpleNamespace(total_memory=1000))
     monkeypatch.setattr(torch, "get_device_module", lambda _: device)
-    estimate = CalibrationMemory(samples=1, calls=1, cached_nbytes=300, peak_nbytes=500, model_nbytes=100)
+    estimate = CalibrationMemory(samples=1, calls=1, cached_nbytes=300, peak_nbytes=800, model_nbytes=100)
     assert cache_fits(estimate, "cuda:0")
-    assert not cache_fits(CalibrationMemory(1, 1, 300, 501, 100), "cuda:0")
+    assert not cache_fits(CalibrationMemory(1, 1, 300, 801, 100), "cuda:0")
     assert not cache_fits(None, "cuda:0")
     assert cache_fits(None, "cpu")
 
