@@ -1,8 +1,7 @@
 """The support matrix of the documentation, made from the tests that ran and passed.
 
-A test says what it shows by the marker ``supports(family, what, ...)``; with several families in a parameter the marker
-is on the parameter. ``--support-matrix write`` writes the page after a whole run, ``check`` fails a run that shows
-something else than the page says.
+A test says what it shows by the marker ``supports(family, what, ...)``, or its parameter does. ``--support-matrix
+write`` writes the page after a whole run, ``check`` fails a run that shows something else than the page says.
 """
 
 from pathlib import Path
@@ -22,10 +21,10 @@ CAPABILITIES = {
 }
 HEAD = """# Support matrix
 
-What the tests of this repository have run, with tiny random models of the real classes (and, in the first column, the
-published architectures without their weights). `make support` makes this page from the tests that pass; `make test` fails
-where it says something else. An empty cell means that no test shows it. Servable is what the [check](servability.md)
-says of the exports.
+What the tests of this repository have run, with tiny random models of the real classes (in the first column with
+the published architectures, without their weights). `make support` makes this page from the tests that pass;
+`make test` fails where it says something else. An empty cell means that no test shows it. Servable is what the
+[check](servability.md) says of the exports.
 
 """
 

@@ -6,6 +6,7 @@ import base64
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Embedded:
 
 
 def embed(path: Path) -> Embedded:
-    """Return an image as a ``data:`` URI: up to 256 pixels as it is, larger ones as a WebP of at most 448.
+    """Return an image as a ``data:`` URI: lossless up to 256 pixels, larger ones as a WebP of at most 448.
 
     Raises:
         CheckpointError: If the file is no image that can be read.
@@ -41,15 +42,14 @@ def embed(path: Path) -> Embedded:
 
     try:
         with Image.open(path) as image:
-            if max(image.size) <= _LOSSLESS_PIXELS:
+            small = max(image.size) <= _LOSSLESS_PIXELS
+            if small and image.format == "PNG":
                 return Embedded(_uri("png", path.read_bytes()), pixelated=True)
             thumbnail = image.convert("RGB")
             thumbnail.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read as an image: {error}") from error
-    buffer = io.BytesIO()
-    thumbnail.save(buffer, "WEBP", quality=_WEBP_QUALITY)
-    return Embedded(_uri("webp", buffer.getvalue()), pixelated=False)
+    return Embedded(_webp(thumbnail, lossless=small), pixelated=small)
 
 
 def embed_frames(frames: np.ndarray) -> Embedded:
@@ -67,9 +67,13 @@ def embed_frames(frames: np.ndarray) -> Embedded:
     for index, frame in enumerate(frames):
         picture = Image.fromarray(frame)
         sheet.paste(picture if small else picture.resize(size, Image.Resampling.LANCZOS), (0, index * size[1]))
+    return Embedded(_webp(sheet, lossless=small), pixelated=small)
+
+
+def _webp(picture: Any, *, lossless: bool) -> str:
     buffer = io.BytesIO()
-    sheet.save(buffer, "WEBP", quality=_WEBP_QUALITY, lossless=small)
-    return Embedded(_uri("webp", buffer.getvalue()), pixelated=small)
+    picture.save(buffer, "WEBP", quality=_WEBP_QUALITY, lossless=lossless)
+    return _uri("webp", buffer.getvalue())
 
 
 def _uri(kind: str, data: bytes) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Component, read_tensors
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, UnsupportedModelError
 from quantkit.families.base import Linear
 from quantkit.families.language import LanguageFamily
 from quantkit.families.serving import LANGUAGE_MODEL
@@ -54,6 +54,13 @@ class BagelFamily(LanguageFamily):
                 yield replace(linear, keep_reason="of the drawing expert", optional=True)
             else:
                 yield linear
+
+    def writer(self, model: Any) -> Any:
+        """Refuse: nothing here writes with BAGEL yet."""
+        del model
+        raise UnsupportedModelError(
+            f"{self.name}: its answers cannot be compared yet; quantkit verify --source compares the weights"
+        )
 
     def text_model(self, model: Any) -> torch.nn.Module:
         """Return the decoder, see `LanguageFamily.text_model`."""

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Component
-from quantkit.errors import CheckpointError, MissingExtraError
+from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
 from quantkit.families.base import Family, Linear
 from quantkit.families.serving import LANGUAGE_MODEL, VllmOmni
+from quantkit.recipe.prompts import Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -119,14 +120,44 @@ class LanguageFamily(Family):
         return {layer: names.module(layer) for layer in layers}
 
     def load_processor(self, folder: Path) -> Any:
-        """Load what `tokenize` needs, by default the tokenizer."""
+        """Load what turns prompts into inputs and tokens into text, by default the tokenizer.
+
+        Raises:
+            CheckpointError: If the folder holds none that can be loaded.
+        """
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{folder}: holds no tokenizer that can be loaded: {reason}") from error
 
     def tokenize(self, processor: Any, sample: Any, max_tokens: int) -> dict[str, torch.Tensor]:
         """Return the model's inputs for one of `read_calibration`, by default a prompt, as a batch of one."""
         return dict(processor(sample.text, truncation=True, max_length=max_tokens, return_tensors="pt"))
+
+    def ask(self, processor: Any, prompt: Prompt) -> Any:
+        """Return the model's inputs for a prompt that it is to answer, as the processor's batch of one.
+
+        Raises:
+            RecipeError: If the prompt has a picture, which a model of text alone cannot see.
+        """
+        if prompt.image is not None:
+            raise RecipeError(f"prompts: {self.name} reads text alone, and '{prompt.text}' comes with an image")
+        if processor.chat_template is None:
+            return processor(prompt.text, return_tensors="pt")
+        return processor.apply_chat_template(
+            [{"role": "user", "content": prompt.text}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+
+    def writer(self, model: Any) -> Any:
+        """Return the module of a model that writes text: it has ``generate``, and its forward gives logits."""
+        return model
 
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
         """Load the model, see `Family.load`."""

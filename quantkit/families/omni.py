@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
 from quantkit.families.language import LanguageFamily
-from quantkit.recipe.conversations import Conversation, read_conversations
+from quantkit.recipe.conversations import Conversation, read_conversations, user_message
+from quantkit.recipe.prompts import Prompt
 
 if TYPE_CHECKING:
     import numpy
@@ -52,29 +53,51 @@ class OmniFamily(LanguageFamily):
         """
         import torch
 
-        parts = [part for message in sample for part in message["content"]]
-        images = [_read_image(part["image"]) for part in parts if part["type"] == "image"]
-        rate = processor.feature_extractor.sampling_rate
-        audio = [_read_audio(part["audio"], rate) for part in parts if part["type"] == "audio"]
-        inputs = processor(
-            text=processor.apply_chat_template(sample, tokenize=False),
-            images=images or None,
-            audio=audio or None,
-            return_tensors="pt",
-        )
+        inputs, media = _read(processor, sample, answer=False)
         tokens = inputs["input_ids"].shape[1]
         if tokens > max_tokens:
-            if images or audio:  # a cut would part their marks from what they stand for
-                media = ", ".join(part[part["type"]] for part in parts if part["type"] != "text")
+            if media:  # a cut would part their marks from what they stand for
                 raise RecipeError(
-                    f"calibration.prompts: the conversation with {media} has {tokens} tokens; raise scheme.seqlen "
-                    f"above its {max_tokens} or shorten it"
+                    f"calibration.prompts: the conversation with {', '.join(media)} has {tokens} tokens; raise "
+                    f"scheme.seqlen above its {max_tokens} or shorten it"
                 )
             inputs = {name: tensor[:, :max_tokens] for name, tensor in inputs.items()}
         return {
             name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
             for name, tensor in inputs.items()
         }
+
+    def ask(self, processor: Any, prompt: Prompt) -> Any:
+        """Put text and picture into one message of the user's, see `LanguageFamily.ask`."""
+        return _read(processor, [user_message(prompt)], answer=True)[0]
+
+    def writer(self, model: Any) -> Any:
+        """Return the thinker, see `LanguageFamily.writer`."""
+        return model.thinker
+
+
+def _read(processor: Any, conversation: Conversation, *, answer: bool) -> tuple[Any, list[str]]:
+    """Return the thinker's inputs for a conversation and the files in it.
+
+    Args:
+        processor: Of the model.
+        conversation: Its messages.
+        answer: Whether the model is to go on.
+
+    Raises:
+        RecipeError: If a file cannot be read.
+    """
+    parts = [part for message in conversation for part in message["content"]]
+    images = [_read_image(part["image"]) for part in parts if part["type"] == "image"]
+    rate = processor.feature_extractor.sampling_rate
+    audio = [_read_audio(part["audio"], rate) for part in parts if part["type"] == "audio"]
+    inputs = processor(
+        text=processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answer),
+        images=images or None,
+        audio=audio or None,
+        return_tensors="pt",
+    )
+    return inputs, [part[part["type"]] for part in parts if part["type"] != "text"]
 
 
 def _thinker(model: Any) -> torch.nn.Module:

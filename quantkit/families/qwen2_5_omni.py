@@ -13,7 +13,7 @@ QWEN2_5_OMNI = OmniFamily(
     name="qwen2.5-omni",
     task="chat",
     blocks={"model": (THINKER_BLOCKS,)},
-    sampling=Sampling(),
+    sampling=Sampling(max_new_tokens=128),
     aliases=THINKER_ALIASES,
     config_sections=(THINKER_SECTION,),
 )

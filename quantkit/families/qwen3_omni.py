@@ -13,7 +13,7 @@ QWEN3_OMNI = OmniFamily(
     name="qwen3-omni",
     task="chat",
     blocks={"model": (THINKER_BLOCKS,)},
-    sampling=Sampling(),
+    sampling=Sampling(max_new_tokens=128),
     aliases=THINKER_ALIASES,
     config_sections=(THINKER_SECTION,),
 )

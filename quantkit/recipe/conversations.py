@@ -28,7 +28,7 @@ def read_conversations(path: Path) -> list[Conversation]:
         RecipeError: If the file cannot be read, a line is no conversation, or a file that it names is missing.
     """
     if path.suffix != ".jsonl" or not _holds_messages(path):
-        return [[{"role": "user", "content": _parts(prompt)}] for prompt in read_prompts(path)]
+        return [[user_message(prompt)] for prompt in read_prompts(path)]
     conversations = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
@@ -68,9 +68,10 @@ def _conversation(line: str, path: Path, number: int) -> Conversation:
     return conversation
 
 
-def _parts(prompt: Prompt) -> list[dict[str, str]]:
+def user_message(prompt: Prompt) -> dict[str, Any]:
+    """Return a prompt as what a user says."""
     picture = [] if prompt.image is None else [{"type": "image", "image": prompt.image}]
-    return [*picture, _text(prompt.text)]
+    return {"role": "user", "content": [*picture, _text(prompt.text)]}
 
 
 def _text(text: str) -> dict[str, str]:

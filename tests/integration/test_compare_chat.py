@@ -112,7 +112,7 @@ def test_the_report_shows_both_answers_and_where_they_part(run, reference, folde
 
 def test_a_model_without_a_chat_template_gets_the_text_as_it_is(reference, folder):
     plain = build_chat(folder / "plain", template=False)
-    templated, bare = (FAMILY.open_processor(path) for path in (reference, plain))
+    templated, bare = (FAMILY.load_processor(path) for path in (reference, plain))
     prompt = Prompt("a red circle")
     assert templated.decode(FAMILY.inputs(templated, prompt)["input_ids"][0]).startswith("<|user|>")
     assert bare.decode(FAMILY.inputs(bare, prompt)["input_ids"][0]) == "a red circle"

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
-from quantkit.families.chat import ChatFamily
+from quantkit.families.language import LanguageFamily
 from quantkit.recipe.schema import Sampling
 from tiny.tokenizers import WORDS, chat_tokenizer
 
-FAMILY = ChatFamily(name="tiny-chat", task="chat", sampling=Sampling(max_new_tokens=64))
+FAMILY = LanguageFamily(
+    name="tiny-chat", task="chat", blocks={"model": ("model.layers",)}, sampling=Sampling(max_new_tokens=64)
+)
 
 _TEMPLATE = (
     "{% for message in messages %}<|user|>{{ message.content }}{% endfor %}"

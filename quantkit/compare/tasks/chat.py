@@ -80,7 +80,7 @@ class Chat(Task[Answer]):
         import quantkit_runtime
 
         model = load_with(quantkit_runtime.load_model, folder, self.context)
-        return Loaded(model, self.context.family.open_processor(folder))
+        return Loaded(model, self.context.family.load_processor(folder))
 
     def record(self, model: Loaded, index: int, on_step: StepCallback) -> Answer:
         """Write an answer, then read the reference's (its own, if there is none yet)."""
@@ -88,8 +88,8 @@ class Chat(Task[Answer]):
 
         shot = self.context.shots[index]
         family = self.context.family
-        generator = family.generator(model.model)
-        inputs = family.inputs(model.processor, shot.prompt).to(self.context.device)
+        generator = family.writer(model.model)
+        inputs = family.ask(model.processor, shot.prompt).to(self.context.device)
         count = inputs["input_ids"].shape[1]
         clock = _Clock(self.context.synchronize, on_step, int(self.context.call_kwargs["max_new_tokens"]))
         started = time.perf_counter()

@@ -148,6 +148,14 @@ def test_small_images_are_embedded_as_they_are_and_large_ones_as_thumbnails(tmp_
     assert len(large.uri) < 300_000  # noise is the worst that an image can be
 
 
+def test_a_small_picture_of_another_format_is_embedded_as_one_that_browsers_know(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "start.bmp")
+    embedded = embed(tmp_path / "start.bmp")
+    assert embedded.uri.startswith("data:image/webp")
+    assert np.array_equal(np.asarray(decoded(embedded.uri)), pixels)
+
+
 def decoded(uri):
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
