@@ -20,8 +20,6 @@ from quantkit.recipe.schema import Sampling
 if TYPE_CHECKING:
     import torch
 
-_VAE = ("encoder.", "decoder.")
-
 
 @dataclass(frozen=True)
 class BagelFamily(LanguageFamily):
@@ -39,11 +37,6 @@ class BagelFamily(LanguageFamily):
                 return Bagel.from_folder(component.folder)
         except CheckpointFormatError as error:
             raise CheckpointError(str(error)) from error
-
-    def tensor_shapes(self, component: Component, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        """Add the VAE as it is: its tensors lie beside the model's, and nothing here runs them."""
-        vae = {name: info.shape for name, info in component.tensors.items() if name.startswith(_VAE)}
-        return super().tensor_shapes(component, model) | vae
 
     def linears(self, component: Component, model: torch.nn.Module) -> Iterator[Linear]:
         """Yield every Linear; those of the drawing expert are optional."""
@@ -76,7 +69,7 @@ def _text_model(bagel: Any) -> torch.nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.language_model = bagel.language_model
-            # Named by no model_type: auto-round would replace what it takes for a BAGEL.
+            # Without a model_type: at that of BAGEL auto-round follows rules of its own instead of the plan.
             self.config = PretrainedConfig()
             self.name_or_path = ""
 
@@ -101,4 +94,5 @@ BAGEL = BagelFamily(
     task="chat",
     blocks={"model": ("language_model.model.layers",)},
     sampling=Sampling(),
+    foreign=("encoder.", "decoder."),  # the VAE, as its authors published it
 )

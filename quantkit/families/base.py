@@ -51,6 +51,8 @@ class Family(ABC):
             of the family.
         aliases: Other names of blocks: libraries that rename modules while loading look for these in a
             ``quantization_config``.
+        foreign: How the names of tensors begin that are of another network, although an index joins them to a
+            component's own. They are taken as they are.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Family(ABC):
     blocks: Mapping[str, tuple[str, ...]]
     sampling: Sampling
     aliases: Mapping[str, str] = field(default_factory=dict)
+    foreign: tuple[str, ...] = ()
 
     def sampling_for(self, *layers: Sampling) -> Sampling:
         """Return the family's sampling defaults, overlaid by each of the given in turn.
@@ -89,14 +92,8 @@ class Family(ABC):
             CheckpointError: If the configuration does not describe the class.
         """
 
-    def tensor_shapes(self, component: Component, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor that a 16-bit checkpoint of the architecture holds.
-
-        Args:
-            component: What is checked; a family may take a tensor of it as it is.
-            model: From `build`.
-        """
-        del component
+    def tensor_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor that a checkpoint of the architecture holds."""
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     @abstractmethod
