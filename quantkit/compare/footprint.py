@@ -115,7 +115,7 @@ def weight_bytes(components: Mapping[str, Any]) -> dict[str, int]:
     """
     import torch
 
-    from quantkit_runtime import W4A16Linear
+    from quantkit_runtime.packed import PackedLayer
 
     seen: set[tuple[int, int]] = set()
     sizes = {}
@@ -128,7 +128,7 @@ def weight_bytes(components: Mapping[str, Any]) -> dict[str, int]:
             if key not in seen:
                 seen.add(key)
                 size += tensor.nbytes
-        size += sum(layer.extra_bytes for layer in component.modules() if isinstance(layer, W4A16Linear))
+        size += sum(layer.extra_bytes for layer in component.modules() if isinstance(layer, PackedLayer))
         sizes[name] = size
     return sizes
 

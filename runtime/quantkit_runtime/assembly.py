@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantkit_runtime.architecture import library_errors
 from quantkit_runtime.checkpoint import WeightFiles
-from quantkit_runtime.config import QuantizationConfig, Scheme
+from quantkit_runtime.config import QuantizationConfig
 from quantkit_runtime.errors import CheckpointFormatError
-from quantkit_runtime.format import PACKED_SUFFIXES
-from quantkit_runtime.linear import W4A16Linear
+from quantkit_runtime.names import CheckpointNames
 from quantkit_runtime.optional import import_optional
+from quantkit_runtime.packed import PackedLayer
+from quantkit_runtime.swap import swap_packed
 
 
 def assemble(
@@ -51,106 +55,90 @@ def assemble(
     files = WeightFiles(folder)
     with _empty_parameters(), _default_dtype(dtype):
         model = build()
-    if quantization is not None:
-        for name, scheme in _packed_layers(model, files, quantization).items():
-            _swap(model, name, scheme, files)
-    _fill(model, files, device, dtype)
+    names = CheckpointNames(model)
+    targets = swap_packed(model, files, names, quantization, device) if quantization is not None else {}
+    _fill(model, files, names, targets, device, dtype)
+    _compute_buffers(model)
     model.to(device)  # non-persistent buffers were computed on the CPU
     model.eval().requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, W4A16Linear):
+        if isinstance(module, PackedLayer):
             module.prepare(dtype, compute=compute, backend=backend)
     return model
 
 
-def _packed_layers(model: nn.Module, files: WeightFiles, quantization: QuantizationConfig) -> dict[str, Scheme]:
-    config_path = files.folder / "config.json"
-    packed = [name.removesuffix(".qweight") for name in files.tensors if name.endswith(".qweight")]
-    if not packed:
-        raise CheckpointFormatError(
-            f"{config_path}: quantization_config: present, but the weights hold no packed layer; quantize the "
-            "model again"
-        )
-    modules = dict(model.named_modules())
-    layers = {}
-    for name in packed:
-        scheme = quantization.scheme_for(name)
-        file = files.where(f"{name}.qweight")
-        if scheme is None:
-            raise CheckpointFormatError(
-                f"{config_path}: quantization_config: leaves {name} in 16 bit, but {file} holds it packed; "
-                "quantize the model again"
-            )
-        if type(modules.get(name)) is not nn.Linear:
-            found = type(modules[name]).__name__ if name in modules else "nothing"
-            raise CheckpointFormatError(
-                f"{file}: {name}: packed, but {type(model).__name__} has {found} there, not a Linear; the "
-                "checkpoint belongs to another architecture or library version"
-            )
-        layers[name] = scheme
-    if quantization.blocks is not None:
-        for name, module in modules.items():
-            if type(module) is nn.Linear and name not in layers and quantization.scheme_for(name) is not None:
-                raise CheckpointFormatError(
-                    f"{config_path}: quantization_config: says that {name} is packed, but the weights have no "
-                    f"{name}.qweight; quantize the model again"
-                )
-    return layers
+@dataclass(frozen=True)
+class _Loaded:
+    """A tensor on its way into the model: its name there, and where it comes from."""
+
+    name: str
+    tensor: Tensor
+    source: str
 
 
-def _swap(model: nn.Module, name: str, scheme: Scheme, files: WeightFiles) -> None:
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    try:
-        layer = W4A16Linear(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            group_size=scheme.group_size,
-            bits=scheme.bits,
-            sym=scheme.sym,
-            packing_format=scheme.packing_format,
-            device="meta",
-        )
-    except CheckpointFormatError as error:
-        raise CheckpointFormatError(f"{files.where(f'{name}.qweight')}: {name}: {error}") from None
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, layer)
+def _read(
+    files: WeightFiles, names: CheckpointNames, targets: Mapping[str, str], device: torch.device
+) -> Iterator[_Loaded]:
+    """Yield every tensor of the checkpoint as the model takes it: renamed, and what it fuses, fused."""
+    places = {name: names.place(name) for name in files.tensors if name not in targets}
+    missing = Counter(place.name for place in places.values() if place.pattern is not None)
+    parts: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)
+    for source, tensor in files.read(device):
+        where = f"{files.where(source)}: {source}"
+        if source in targets:
+            yield _Loaded(targets[source], tensor, where)
+            continue
+        place = places[source]
+        if place.pattern is None:
+            yield _Loaded(place.name, tensor, where)
+            continue
+        parts[place.name][source] = (place.pattern, tensor)
+        missing[place.name] -= 1
+        if not missing[place.name]:
+            with library_errors(files.folder):
+                fused = names.fuse(place.name, parts.pop(place.name))
+            for name, whole in fused.items():
+                yield _Loaded(name, whole, where)
 
 
-def _fill(model: nn.Module, files: WeightFiles, device: torch.device, dtype: torch.dtype) -> None:
+def _fill(
+    model: nn.Module,
+    files: WeightFiles,
+    names: CheckpointNames,
+    targets: Mapping[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
     expected = model.state_dict()
-    stored_as_is = {
-        f"{name}.{suffix}"
-        for name, module in model.named_modules()
-        if isinstance(module, W4A16Linear)
-        for suffix in (*PACKED_SUFFIXES, "bias")
-    }
+    packed = set(targets.values())
     ignored = _compile_any(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    in_float32 = _float32_names(model, dtype)
+    dtypes = _floating_dtypes(model, dtype)
     state: dict[str, Tensor] = {}
-    for name, tensor in files.read(device):
+    for loaded in _read(files, names, targets, device):
+        name, tensor = loaded.name, loaded.tensor
         if name not in expected:
             if ignored is not None and ignored.search(name):
                 continue
             raise CheckpointFormatError(
-                f"{files.where(name)}: {name}: has no place in {type(model).__name__}; the checkpoint belongs to "
-                "another architecture or library version"
+                f"{loaded.source}: has no place in {type(model).__name__}; the checkpoint belongs to another "
+                "architecture or library version"
             )
-        if tensor.shape != expected[name].shape:
+        slot = expected[name]
+        if tensor.shape != slot.shape:
             raise CheckpointFormatError(
-                f"{files.where(name)}: {name}: has shape {tuple(tensor.shape)} where {type(model).__name__} needs "
-                f"{tuple(expected[name].shape)}; check config.json or quantize the model again"
+                f"{loaded.source}: has shape {tuple(tensor.shape)} where {type(model).__name__} needs "
+                f"{tuple(slot.shape)}; check config.json or quantize the model again"
             )
-        if name in stored_as_is:
-            if not name.endswith(".bias") and tensor.dtype != expected[name].dtype:
-                raise CheckpointFormatError(
-                    f"{files.where(name)}: {name}: has dtype {tensor.dtype} where {expected[name].dtype} is "
-                    "needed; quantize the model again"
-                )
-        elif tensor.is_floating_point():
-            keep = in_float32 is not None and in_float32.search(name)
-            tensor = tensor.to(torch.float32 if keep else dtype)  # noqa: PLW2901 - the cast replaces the tensor
+        if name in packed and tensor.dtype != slot.dtype:
+            raise CheckpointFormatError(
+                f"{loaded.source}: has dtype {tensor.dtype} where {slot.dtype} is needed; quantize the model again"
+            )
+        if name in packed and slot.device.type != "meta":  # its place in a stack of experts
+            slot.copy_(tensor)
+            packed.remove(name)
+            continue
+        if name in dtypes and tensor.is_floating_point():
+            tensor = tensor.to(dtypes[name])
         state[name] = tensor
     model.load_state_dict(state, strict=False, assign=True)
     tie_weights = getattr(model, "tie_weights", None)  # transformers
@@ -158,11 +146,48 @@ def _fill(model: nn.Module, files: WeightFiles, device: torch.device, dtype: tor
         tie_weights()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [name for name, tensor in tensors if tensor.device.type == "meta"]
+    missing += sorted(packed - state.keys() - set(missing))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointFormatError(
             f"{files.folder}: {missing[0]}{more}: missing from the weights; download or quantize the model again"
         )
+
+
+def _compute_buffers(model: nn.Module) -> None:
+    """Compute the buffers that no checkpoint holds as transformers does: in float32, once the weights are there.
+
+    Those that a constructor computes while bf16 is the default dtype are rounded to it.
+    """
+    initialize: Any = getattr(model, "initialize_weights", None)
+    if initialize is None:  # diffusers
+        return
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True  # the mark by which transformers lets be what has been loaded
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    with torch.no_grad():
+        initialize()
+
+
+def _floating_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the dtype that each tensor is loaded in, for those that do not stay as they are stored.
+
+    That is the given one, but float32 for what the model's class keeps so; a transformers model may also say so
+    by making a part of it in another dtype.
+    """
+    as_stored = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedLayer))
+    in_float32 = _float32_names(model, dtype)
+    own = hasattr(model, "_keep_in_fp32_modules_strict")
+    dtypes = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(as_stored):
+            continue
+        if in_float32 is not None and in_float32.search(name):
+            dtypes[name] = torch.float32
+        elif tensor.is_floating_point():
+            dtypes[name] = tensor.dtype if own else dtype
+    return dtypes
 
 
 def _float32_names(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit_runtime.config import Scheme
-from quantkit_runtime.errors import CheckpointFormatError, QuantkitRuntimeError
 from quantkit_runtime.format import packed_tensors
-from quantkit_runtime.kernels import LinearKernel, LinearSpec, resolve, resolve_compute
+from quantkit_runtime.kernels import LinearKernel, LinearSpec, resolve
+from quantkit_runtime.packed import PackedLayer
 
 
-class W4A16Linear(nn.Module):
+class W4A16Linear(PackedLayer):
     """``y = x @ W.T + bias`` with W stored in a few bits, for inference.
 
     The buffers are the checkpoint's tensors, bit for bit and for as long as the layer lives, whatever a kernel
@@ -73,45 +70,6 @@ class W4A16Linear(nn.Module):
         for name, (shape, dtype) in packed_tensors(in_features, out_features, self.scheme).items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=bias_dtype, device=device) if bias else None)
-        self.backend: str | None = None
-        """Name of the backend in use; None until the layer is prepared."""
-        self._request: tuple[torch.dtype, str, str] = (torch.bfloat16, "auto", "auto")
-        self._kernel: LinearKernel | None = None
-
-    def prepare(self, dtype: torch.dtype = torch.bfloat16, *, compute: str = "auto", backend: str = "auto") -> None:
-        """Choose the kernel backend and let it repack what it wants.
-
-        Runs by itself, with the last arguments given, in the first forward pass after the weights were loaded or
-        moved to another device; calling it beforehand keeps that work out of the forward pass, which
-        ``torch.compile`` needs.
-
-        Args:
-            dtype: Dtype that most activations will have; others work, possibly slower.
-            compute: ``"auto"``, ``"16bit"`` or ``"fp8"``.
-            backend: ``"auto"`` or the name of one.
-
-        Raises:
-            BackendUnavailableError: The backend cannot serve this layer here.
-        """
-        if self.qweight.device.type == "meta":
-            raise CheckpointFormatError("W4A16Linear: its weights were never loaded (they are on the meta device)")
-        self._request = (dtype, compute, backend)
-        spec = LinearSpec(
-            self.in_features,
-            self.out_features,
-            self.scheme,
-            self.qweight.device,
-            dtype,
-            resolve_compute(compute),
-        )
-        chosen = resolve("linear", spec, backend)
-        self._kernel = chosen.prepare(spec, self.packed(), self.bias)
-        self.backend = chosen.name
-
-    @property
-    def extra_bytes(self) -> int:
-        """Bytes that the kernel keeps in memory beside the buffers; 0 until the layer is prepared."""
-        return 0 if self._kernel is None else self._kernel.extra_bytes
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors of the weight by name, as :func:`quantkit_runtime.format.unpack` takes them."""
@@ -129,16 +87,8 @@ class W4A16Linear(nn.Module):
         Raises:
             QuantkitRuntimeError: A gradient with respect to ``x`` would be needed.
         """
-        if x.requires_grad and torch.is_grad_enabled():
-            raise QuantkitRuntimeError(
-                "W4A16Linear: packed layers have no backward pass; run the model under torch.inference_mode() or "
-                "torch.no_grad()"
-            )
-        if self._kernel is None:
-            dtype, compute, backend = self._request
-            self.prepare(dtype, compute=compute, backend=backend)
-        assert self._kernel is not None
-        return self._kernel(x)
+        out: Tensor = self._ready(x)(x)
+        return out
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""
@@ -148,23 +98,7 @@ class W4A16Linear(nn.Module):
             f"bits={scheme.bits}, group_size={scheme.group_size}, sym={scheme.sym}, backend={self.backend}"
         )
 
-    def _reset(self) -> None:
-        self._kernel = None
-        self.backend = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W4A16Linear:
-        """Move the buffers, but never change their dtype."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        before = self.qweight
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        if self.qweight is not before:
-            self._reset()
-        return self
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._reset()
+    def _choose(self, dtype: torch.dtype, compute: str, backend: str) -> tuple[str, LinearKernel]:
+        spec = LinearSpec(self.in_features, self.out_features, self.scheme, self.qweight.device, dtype, compute)
+        chosen = resolve("linear", spec, backend)
+        return chosen.name, chosen.prepare(spec, self.packed(), self.bias)

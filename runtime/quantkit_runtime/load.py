@@ -24,7 +24,9 @@ from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatErr
 from quantkit_runtime.optional import import_optional
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+# Voices of Qwen2.5-Omni's talker, without which it does not even write text.
+_SPEAKERS = "spk_dict.pt"
+_HUB_FILES = (_SPEAKERS, "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 def load_pipeline(
@@ -144,6 +146,10 @@ def _assemble(
     )
     if (folder / "generation_config.json").is_file():
         model.generation_config = import_optional("transformers").GenerationConfig.from_pretrained(folder)
+    load_speakers: Any = getattr(model, "load_speakers", None)
+    if load_speakers is not None and (folder / _SPEAKERS).is_file():
+        with library_errors(folder):
+            load_speakers(folder / _SPEAKERS)  # transformers admits nothing but tensors in it
     return model
 
 

@@ -62,15 +62,14 @@ class CheckpointNames:
 
         Args:
             name: What `place` said of all of the parts.
-            parts: Checkpoint name -> the pattern that `place` said, and the tensor. All of the parts, in the order
-                of their numbers.
+            parts: Checkpoint name -> the pattern that `place` said, and the tensor; all of the parts.
 
         Returns:
             The parameters by their names in the model.
         """
-        pattern = next(iter(parts.values()))[0]
-        converter = deepcopy(self._by_pattern[pattern])
-        for source, (matched, tensor) in parts.items():
+        converter = deepcopy(self._by_pattern[next(iter(parts.values()))[0]])
+        for source in sorted(parts, key=_by_number):
+            matched, tensor = parts[source]
             converter.add_tensor(name, source, matched, tensor)
         made = converter.convert(name, model=self._model, config=self._model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
@@ -85,6 +84,11 @@ def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
         model, state
     )
     return reverted
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sort expert 10 behind expert 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _is_transformers(model: nn.Module) -> bool:

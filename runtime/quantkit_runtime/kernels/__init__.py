@@ -3,6 +3,8 @@
 from quantkit_runtime.kernels import cpu, reference
 from quantkit_runtime.kernels.dispatch import (
     Backend,
+    ExpertsKernel,
+    ExpertsSpec,
     LinearKernel,
     LinearSpec,
     backends,
@@ -14,6 +16,8 @@ from quantkit_runtime.kernels.dispatch import (
 
 __all__ = [
     "Backend",
+    "ExpertsKernel",
+    "ExpertsSpec",
     "LinearKernel",
     "LinearSpec",
     "backends",

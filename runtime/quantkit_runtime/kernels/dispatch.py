@@ -7,9 +7,9 @@ for by name, and every refusal states its reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,31 @@ class LinearSpec:
     compute: str = "16bit"
 
 
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """What a backend has to know to accept or refuse the packed experts of a layer.
+
+    Attributes:
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I.
+        scheme: How the weights are stored.
+        activation: Applied to what the gate gives.
+        device: Where the packed tensors are.
+        dtype: As in `LinearSpec`.
+        compute: As in `LinearSpec`.
+    """
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    scheme: Scheme
+    activation: Callable[[Tensor], Tensor]
+    device: torch.device
+    dtype: torch.dtype
+    compute: str = "16bit"
+
+
 class LinearKernel(Protocol):
     """A prepared layer: maps activations (..., K) to (..., N) in the dtype and on the device of the input.
 
@@ -55,8 +80,24 @@ class LinearKernel(Protocol):
         """Apply the layer."""
 
 
-Requirement = Callable[[LinearSpec], str | None]
-Prepare = Callable[[LinearSpec, Mapping[str, Tensor], Tensor | None], LinearKernel]
+class ExpertsKernel(Protocol):
+    """Prepared experts: maps (T, H) activations, (T, k) experts and (T, k) weights to (T, H).
+
+    Attributes:
+        extra_bytes: What it keeps in memory beside the stored tensors.
+    """
+
+    extra_bytes: int
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Apply the experts."""
+
+
+# Called with the spec of the operation: LinearSpec for "linear", ExpertsSpec for "experts".
+Requirement = Callable[[Any], str | None]
+# "linear": spec, stored tensors, bias -> LinearKernel.
+# "experts": spec, stored stacks of gate and up, those of down -> ExpertsKernel.
+Prepare = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -64,11 +105,11 @@ class Backend:
     """One registered implementation of an operation.
 
     Attributes:
-        op: Operation, e.g. ``"linear"``.
+        op: Operation, ``"linear"`` or ``"experts"``.
         name: Name to ask for it by.
         priority: The highest that can serve a layer is chosen; the reference has 0.
         requirement: Returns None where the backend can serve the layer, else the reason why not.
-        prepare: Makes the kernel from the stored tensors and the bias. It must not modify them.
+        prepare: Makes the kernel from the stored tensors. It must not modify them.
     """
 
     op: str
@@ -106,7 +147,7 @@ def backends(op: str) -> list[Backend]:
     return sorted(found, key=lambda backend: -backend.priority)
 
 
-def why_not(op: str, name: str, spec: LinearSpec) -> str | None:
+def why_not(op: str, name: str, spec: LinearSpec | ExpertsSpec) -> str | None:
     """Reason why the named backend cannot serve the layer, or None if it can.
 
     Raises:
@@ -118,7 +159,7 @@ def why_not(op: str, name: str, spec: LinearSpec) -> str | None:
     return _REGISTRY[op, name].requirement(spec)
 
 
-def resolve(op: str, spec: LinearSpec, backend: str = "auto") -> Backend:
+def resolve(op: str, spec: LinearSpec | ExpertsSpec, backend: str = "auto") -> Backend:
     """Choose the backend for a layer.
 
     Args:
