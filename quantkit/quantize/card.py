@@ -7,19 +7,39 @@ from typing import Any
 
 import yaml
 
+from quantkit.checkpoint import SINGLE_MODEL
+
 _PIPELINE_TAGS = {"t2i": "text-to-image", "t2v": "text-to-video", "i2v": "image-to-video", "chat": "any-to-any"}
+
+_LOAD_PIPELINE = (
+    "```python",
+    "from quantkit_runtime import load_pipeline",
+    "",
+    'pipe = load_pipeline("PATH_OF_THIS_FOLDER", device="cuda")',
+    "```",
+    "",
+    "diffusers loads it too, with auto-round installed: `DiffusionPipeline.from_pretrained(...)`.",
+)
+_LOAD_MODEL = (
+    "```python",
+    "from quantkit_runtime import load_model",
+    "",
+    'model = load_model("PATH_OF_THIS_FOLDER", device="cuda")',
+    "```",
+)
 
 
 def render_card(manifest: dict[str, Any]) -> str:
     """Return the card of the checkpoint that a manifest describes."""
     recipe, source, sizes = manifest["recipe"]["effective"], manifest["source"], manifest["sizes"]
     scheme = recipe["scheme"]
+    single = SINGLE_MODEL in manifest["plan"]
     name = f"W{scheme['bits']}A16"
     # Hubs take base_model for one of their own ids; a local folder's name would be a broken link.
     base = {"base_model": source["id"], "base_model_relation": "quantized"} if "/" in source["id"] else {}
     metadata = {
         **base,
-        "library_name": "diffusers",
+        **({} if single else {"library_name": "diffusers"}),
         "pipeline_tag": _PIPELINE_TAGS[recipe["model"]["task"]],
         "tags": ["auto-round", name.lower(), "quantkit"],
     }
@@ -49,17 +69,11 @@ def render_card(manifest: dict[str, Any]) -> str:
             f"| {sizes['after'] / sizes['before']:.2f} |"
         ),
         "",
-        "Every other component is bit-equal to the source.",
+        f"Every other {'tensor' if single else 'component'} is bit-equal to the source.",
         "",
         "## Use",
         "",
-        "```python",
-        "from quantkit_runtime import load_pipeline",
-        "",
-        'pipe = load_pipeline("PATH_OF_THIS_FOLDER", device="cuda")',
-        "```",
-        "",
-        "diffusers loads it too, with auto-round installed: `DiffusionPipeline.from_pretrained(...)`.",
+        *(_LOAD_MODEL if single else _LOAD_PIPELINE),
         "",
         "## Error of the weights",
         "",

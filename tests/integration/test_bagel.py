@@ -130,6 +130,12 @@ def test_the_root_configuration_tells_loaders_what_is_packed(source, rounded):
     assert {entry["bits"] for entry in quantization["extra_config"].values()} == {16}
 
 
+def test_the_card_says_how_to_load_a_single_model(rounded):
+    card = (rounded / "README.md").read_text()
+    assert "load_model(" in card
+    assert "diffusers" not in card
+
+
 @torch.no_grad()
 def test_a_packed_model_computes_what_its_dequantized_weights_do(source, rounded):
     model, reference = load_model(rounded), load_model(source)
