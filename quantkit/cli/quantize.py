@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _STAGES = {
     "check": "checking the source",
     "load": "loading the model",
-    "calibrate": "drawing calibration images",
+    "calibrate": "collecting calibration inputs",
     "tune": "tuning blocks",
     "write": "packing layers",
     "verify": "verifying layers",

@@ -50,12 +50,12 @@ class BagelFamily(LanguageFamily):
         """Return the decoder, see `LanguageFamily.text_model`."""
         return _text_model(model)
 
-    def tokenize(self, tokenizer: Any, text: str, max_tokens: int) -> dict[str, torch.Tensor]:
+    def tokenize(self, processor: Any, sample: str, max_tokens: int) -> dict[str, torch.Tensor]:
         """Put a text between BAGEL's marks of begin and end, see `LanguageFamily.tokenize`."""
         import torch
 
-        begin, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-        tokens = tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_tokens - 2)
+        begin, end = processor.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        tokens = processor(sample, add_special_tokens=False, truncation=True, max_length=max_tokens - 2)
         return {"input_ids": torch.tensor([[begin, *tokens["input_ids"], end]])}
 
 

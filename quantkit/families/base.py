@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Component
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
+from quantkit.recipe.prompts import read_prompts
 from quantkit.recipe.schema import Sampling, Task
 
 if TYPE_CHECKING:
@@ -103,6 +104,14 @@ class Family(ABC):
     def quantized_config(self, component: Component, quantization: Mapping[str, Any]) -> dict[str, Any]:
         """Return the component's ``config.json`` with a ``quantization_config`` wherever loaders look for it."""
         return {**component.config, "quantization_config": dict(quantization)}
+
+    def read_calibration(self, path: Path) -> list[Any]:
+        """Read a file of what calibration feeds the model, by default prompts; JSON-ready.
+
+        Raises:
+            RecipeError: If it cannot be read as such.
+        """
+        return list(read_prompts(path))
 
     @abstractmethod
     def load(self, folder: Path, dtype: torch.dtype) -> Any:

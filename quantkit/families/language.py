@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,9 +97,22 @@ class LanguageFamily(Family):
         whole: torch.nn.Module = model
         return whole
 
-    def tokenize(self, tokenizer: Any, text: str, max_tokens: int) -> dict[str, torch.Tensor]:
-        """Return the model's inputs for one calibration text, as a batch of one."""
-        return dict(tokenizer(text, truncation=True, max_length=max_tokens, return_tensors="pt"))
+    def module_names(self, model: torch.nn.Module, layers: Iterable[str]) -> dict[str, str]:
+        """Return what the modules of a loaded model are called that the checkpoint names so; blocks as well."""
+        from quantkit_runtime.names import CheckpointNames
+
+        names = CheckpointNames(model)
+        return {layer: names.module(layer) for layer in layers}
+
+    def load_processor(self, folder: Path) -> Any:
+        """Load what `tokenize` needs, by default the tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    def tokenize(self, processor: Any, sample: Any, max_tokens: int) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for one of `read_calibration`, by default a text, as a batch of one."""
+        return dict(processor(sample, truncation=True, max_length=max_tokens, return_tensors="pt"))
 
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
         """Load the model, see `Family.load`."""

@@ -6,15 +6,10 @@ heard at once and saves little.
 
 from __future__ import annotations
 
-from quantkit.families.language import LanguageFamily
+from quantkit.families.omni import THINKER_ALIASES, THINKER_BLOCKS, THINKER_SECTION, OmniFamily
 from quantkit.recipe.schema import Sampling
 
-THINKER_BLOCKS = "thinker.model.layers"
-# transformers 5.21 put the language model into a module of its own; checkpoints keep the old name.
-THINKER_ALIASES = {THINKER_BLOCKS: "thinker.model.language_model.layers"}
-THINKER_SECTION = "thinker_config.text_config"
-
-QWEN2_5_OMNI = LanguageFamily(
+QWEN2_5_OMNI = OmniFamily(
     name="qwen2.5-omni",
     task="chat",
     blocks={"model": (THINKER_BLOCKS,)},

@@ -6,11 +6,10 @@ code predictor, and code2wav.
 
 from __future__ import annotations
 
-from quantkit.families.language import LanguageFamily
-from quantkit.families.qwen2_5_omni import THINKER_ALIASES, THINKER_BLOCKS, THINKER_SECTION
+from quantkit.families.omni import THINKER_ALIASES, THINKER_BLOCKS, THINKER_SECTION, OmniFamily
 from quantkit.recipe.schema import Sampling
 
-QWEN3_OMNI = LanguageFamily(
+QWEN3_OMNI = OmniFamily(
     name="qwen3-omni",
     task="chat",
     blocks={"model": (THINKER_BLOCKS,)},

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 _LOSS = re.compile(r"loss iter 0: (\S+) -> iter (\d+): (\S+)")
 # What auto-round logs, at warning level, when it is about to do something else than it was asked.
-_IGNORED = re.compile(r"will be ignored|is ignored|unrecognized|could not find blocks|not supported", re.IGNORECASE)
+_IGNORED = re.compile(
+    "will be ignored|is ignored|unrecognized|could not find blocks|not supported|forward pass failed|"
+    "insufficient number of samples",
+    re.IGNORECASE,
+)
 
 
 class _Gone(Exception):  # noqa: N818  (no error of a user's: a refusal of the child to go on)
@@ -101,16 +105,20 @@ def _run(job: Job, emit: Callable[..., None], follower: _Follower) -> None:
     family = get_family(job.family)
     loaded = family.load(Path(job.source), torch.bfloat16)
     emit("progress", stage="load", done=1, total=1, detail=job.source)
+    renamed: Mapping[str, str] = {}
     if isinstance(family, LanguageFamily):
         tuned = family.text_model(loaded)
         components = dict.fromkeys(job.layers, tuned)
+        renamed = family.module_names(loaded, (name for layers in job.layers.values() for name in layers))
+        blocks = (block for blocks in family.blocks.values() for block in blocks)
         calibration = _calibrate_by_reading(family, tuned, job, emit)
+        calibration["to_quant_block_names"] = ",".join(family.module_names(loaded, blocks).values())
     else:
         tuned = loaded
         components = {name: getattr(loaded, name) for name in job.layers}
         calibration = _calibrate_by_drawing(loaded, job, _bar("calibrate", emit, follower))
     layer_config = {
-        name: {"bits": 16} if layer.bits == 16 else asdict(layer)
+        renamed.get(name, name): {"bits": 16} if layer.bits == 16 else asdict(layer)
         for layers in job.layers.values()
         for name, layer in layers.items()
         if layer != job.default
@@ -136,7 +144,7 @@ def _run(job: Job, emit: Callable[..., None], follower: _Follower) -> None:
     if follower.refusal is not None:
         raise _Gone(follower.refusal)
     for component, layers in job.layers.items():
-        packed = dict(_pack(components[component], layers))
+        packed = dict(_pack(components[component], layers, renamed))
         save_file(packed, Path(job.result) / f"{component}.safetensors")
 
 
@@ -165,28 +173,28 @@ def _calibrate_by_drawing(pipe: Any, job: Job, bar: type) -> dict[str, Any]:
 def _calibrate_by_reading(
     family: LanguageFamily, model: torch.nn.Module, job: Job, emit: Callable[..., None]
 ) -> dict[str, Any]:
-    """Let a model read the calibration texts; return what `AutoRound` is to be told of it."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(job.source, local_files_only=True, trust_remote_code=False)
+    """Let a model read the calibration samples; return what `AutoRound` is to be told of it."""
+    processor = family.load_processor(Path(job.source))
     done = itertools.count(1)
 
     def count(*_call: Any) -> None:
         emit("progress", stage="calibrate", done=next(done), total=job.nsamples, detail="")
 
     model.register_forward_pre_hook(count)
-    texts = [family.tokenize(tokenizer, text, job.seqlen) for text in job.prompts]
+    samples = [family.tokenize(processor, sample, job.seqlen) for sample in job.prompts]
+    tokenizer = getattr(processor, "tokenizer", None)
     return {
-        "tokenizer": tokenizer,
-        "dataset": job.dataset or texts,
+        **({"tokenizer": processor} if tokenizer is None else {"tokenizer": tokenizer, "processor": processor}),
+        "dataset": job.dataset or samples,
         # auto-round drops texts of fewer tokens, and cuts those of a data set to this length.
         "seqlen": job.seqlen if job.dataset else 1,
-        "to_quant_block_names": ",".join(block for blocks in family.blocks.values() for block in blocks),
     }
 
 
-def _pack(model: torch.nn.Module, layers: Mapping[str, Layer]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the packed tensors of every tuned layer, by full name."""
+def _pack(
+    model: torch.nn.Module, layers: Mapping[str, Layer], renamed: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the packed tensors of every tuned layer, by full name in the checkpoint."""
     import torch
 
     from quantkit.quantize.plan import PACKING_FORMAT
@@ -194,7 +202,7 @@ def _pack(model: torch.nn.Module, layers: Mapping[str, Layer]) -> Iterator[tuple
     from quantkit_runtime.format import pack
 
     for name, layer in layers.items():
-        module: Any = model.get_submodule(name)
+        module: Any = model.get_submodule(renamed.get(name, name))
         scale = getattr(module, "scale", None)
         if (scale is None) != (layer.bits == 16):
             raise _Gone(f"{name} was {'not ' if scale is None else ''}tuned, against the plan")

@@ -11,23 +11,6 @@ from quantkit.checkpoint import SINGLE_MODEL
 
 _PIPELINE_TAGS = {"t2i": "text-to-image", "t2v": "text-to-video", "i2v": "image-to-video", "chat": "any-to-any"}
 
-_LOAD_PIPELINE = (
-    "```python",
-    "from quantkit_runtime import load_pipeline",
-    "",
-    'pipe = load_pipeline("PATH_OF_THIS_FOLDER", device="cuda")',
-    "```",
-    "",
-    "diffusers loads it too, with auto-round installed: `DiffusionPipeline.from_pretrained(...)`.",
-)
-_LOAD_MODEL = (
-    "```python",
-    "from quantkit_runtime import load_model",
-    "",
-    'model = load_model("PATH_OF_THIS_FOLDER", device="cuda")',
-    "```",
-)
-
 
 def render_card(manifest: dict[str, Any]) -> str:
     """Return the card of the checkpoint that a manifest describes."""
@@ -39,13 +22,13 @@ def render_card(manifest: dict[str, Any]) -> str:
     base = {"base_model": source["id"], "base_model_relation": "quantized"} if "/" in source["id"] else {}
     metadata = {
         **base,
-        **({} if single else {"library_name": "diffusers"}),
+        **_library(manifest["family"], single),
         "pipeline_tag": _PIPELINE_TAGS[recipe["model"]["task"]],
         "tags": ["auto-round", name.lower(), "quantkit"],
     }
     how = (
         f"AutoRound, {scheme['iters']} iterations of signed gradient descent per block, {manifest['samples']} "
-        "calibration prompts"
+        "calibration samples"
         if scheme["iters"]
         else "round to nearest (AutoRound's RTN)"
     )
@@ -73,7 +56,8 @@ def render_card(manifest: dict[str, Any]) -> str:
         "",
         "## Use",
         "",
-        *(_LOAD_MODEL if single else _LOAD_PIPELINE),
+        "```python",
+        *_use(single),
         "",
         "## Error of the weights",
         "",
@@ -94,6 +78,31 @@ def render_card(manifest: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _library(family: str, single: bool) -> dict[str, str]:
+    """Return the metadata of the library that loads the model; hubs know none for BAGEL."""
+    if family == "bagel":
+        return {}
+    return {"library_name": "transformers" if single else "diffusers"}
+
+
+def _use(single: bool) -> list[str]:
+    if single:
+        return [
+            "from quantkit_runtime import load_model",
+            "",
+            'model = load_model("PATH_OF_THIS_FOLDER", device="cuda")',
+            "```",
+        ]
+    return [
+        "from quantkit_runtime import load_pipeline",
+        "",
+        'pipe = load_pipeline("PATH_OF_THIS_FOLDER", device="cuda")',
+        "```",
+        "",
+        "diffusers loads it too, with auto-round installed: `DiffusionPipeline.from_pretrained(...)`.",
+    ]
 
 
 def _row(component: str, entry: dict[str, Any]) -> str:

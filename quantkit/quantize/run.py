@@ -23,7 +23,6 @@ from quantkit.quantize.tuning import BlockLoss, Job, Layer, tune
 from quantkit.quantize.verify import LayerError, verify
 from quantkit.recipe.load import MANIFEST, LoadedRecipe
 from quantkit.recipe.locate import find_prompts
-from quantkit.recipe.prompts import read_prompts
 from quantkit.recipe.schema import parse_size
 from quantkit.staging import stage
 
@@ -42,7 +41,7 @@ class Prepared:
     loaded: LoadedRecipe
     family: Family
     plan: Plan
-    prompts: list[str]
+    prompts: list[Any]
     """Calibration prompts; empty for round-to-nearest."""
 
 
@@ -85,17 +84,17 @@ def prepare(loaded: LoadedRecipe, source: Path) -> Prepared:
         )
     for section in (recipe.calibration, recipe.compare, recipe.serve):
         family.sampling_for(recipe.sampling, section)
-    prompts = _calibration_prompts(loaded) if recipe.scheme.tuned else []
+    prompts = _calibration_samples(loaded, family) if recipe.scheme.tuned else []
     return Prepared(loaded, family, make_plan(pipeline, family, recipe), prompts)
 
 
-def _calibration_prompts(loaded: LoadedRecipe) -> list[str]:
+def _calibration_samples(loaded: LoadedRecipe, family: Family) -> list[Any]:
     calibration = loaded.recipe.calibration
     wanted = loaded.recipe.scheme.nsamples
     if calibration.prompts is None:
         return []
     path = find_prompts(calibration.prompts, loaded.path)
-    prompts = read_prompts(path)
+    prompts = family.read_calibration(path)
     if len(prompts) < wanted:
         raise QuantizationError(
             f"{path}: holds {len(prompts)} prompts, scheme.nsamples asks for {wanted}; add some or lower it"

@@ -41,7 +41,7 @@ class Job:
         family: Its family's name.
         layers: For each component, every Linear inside its blocks.
         default: The scheme of layers that are nothing special.
-        prompts: One calibration image or text each; empty if ``dataset`` is given.
+        prompts: One calibration image, text or conversation each; empty if ``dataset`` is given.
         dataset: Name of a data set that auto-round downloads.
         nsamples: Calibration images or texts.
         seqlen: Tokens at most in a text.
@@ -60,7 +60,7 @@ class Job:
     family: str
     layers: Mapping[str, Mapping[str, Layer]]
     default: Layer
-    prompts: list[str]
+    prompts: list[Any]
     dataset: str | None
     nsamples: int
     seqlen: int

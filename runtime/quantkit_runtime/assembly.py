@@ -56,7 +56,7 @@ def assemble(
     with _empty_parameters(), _default_dtype(dtype):
         model = build()
     names = CheckpointNames(model)
-    targets = swap_packed(model, files, names, quantization, device) if quantization is not None else {}
+    targets = {} if quantization is None else swap_packed(model, files, names, quantization, device)
     _fill(model, files, names, targets, device, dtype)
     _compute_buffers(model)
     model.to(device)  # non-persistent buffers were computed on the CPU

@@ -57,6 +57,16 @@ class CheckpointNames:
             return Place(name, None)
         return Place(*self._rename(name, self._renamings, self._converters))
 
+    def module(self, layer: str) -> str:
+        """Return the name of the module that a layer or block of the checkpoint is.
+
+        An expert that transformers fuses with others is named as if it were a module of its own in theirs.
+        """
+        place = self.place(f"{layer}.weight")
+        if place.pattern is None:
+            return place.name.removesuffix(".weight")
+        return ".".join([place.name.rpartition(".")[0], *layer.rsplit(".", 2)[1:]])
+
     def fuse(self, name: str, parts: Mapping[str, tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Make the parameters that a checkpoint holds in parts.
 

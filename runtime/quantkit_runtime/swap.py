@@ -48,13 +48,11 @@ def swap_packed(
     targets: dict[str, str] = {}
     experts: dict[str, dict[str, Scheme]] = defaultdict(dict)
     for layer, scheme in _packed_layers(files, quantization).items():
-        place = names.place(f"{layer}.weight")
-        home = place.name.removesuffix(".weight")
-        if place.pattern is not None:
-            home = home.rpartition(".")[0]
-            expert = ".".join(layer.rsplit(".", 2)[1:])
-            experts[home][expert] = scheme
-            targets |= {f"{layer}.{suffix}": f"{home}.{expert}.{suffix}" for suffix in PACKED_SUFFIXES}
+        home = names.module(layer)
+        targets |= {f"{layer}.{suffix}": f"{home}.{suffix}" for suffix in PACKED_SUFFIXES}
+        if names.place(f"{layer}.weight").pattern is not None:
+            fused, expert, projection = home.rsplit(".", 2)
+            experts[fused][f"{expert}.{projection}"] = scheme
             continue
         if type(modules.get(home)) is not nn.Linear:
             found = type(modules[home]).__name__ if home in modules else "nothing"
@@ -64,7 +62,6 @@ def swap_packed(
             )
         with _naming(files.where(f"{layer}.qweight"), layer):
             _replace(model, home, _packed_linear(modules[home], scheme))
-        targets |= {f"{layer}.{suffix}": f"{home}.{suffix}" for suffix in PACKED_SUFFIXES}
     for home, schemes in experts.items():
         with _naming(files.folder / "config.json", home):
             _replace(model, home, _packed_experts(modules.get(home), schemes, device))

@@ -134,6 +134,7 @@ def test_the_card_says_how_to_load_a_single_model(rounded):
     card = (rounded / "README.md").read_text()
     assert "load_model(" in card
     assert "diffusers" not in card
+    assert "library_name" not in card
 
 
 @torch.no_grad()

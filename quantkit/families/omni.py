@@ -1,0 +1,179 @@
+"""What the Qwen omni families share: a thinker that reads text, images and audio, calibrated on conversations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
+from quantkit.families.language import LanguageFamily
+from quantkit.recipe.conversations import Conversation, read_conversations
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+THINKER_BLOCKS = "thinker.model.layers"
+# transformers 5.21 put the language model into a module of its own; checkpoints keep the old name.
+THINKER_ALIASES = {THINKER_BLOCKS: "thinker.model.language_model.layers"}
+THINKER_SECTION = "thinker_config.text_config"
+
+
+@dataclass(frozen=True)
+class OmniFamily(LanguageFamily):
+    """A family of a thinker, which is quantized, and a talker, which is not."""
+
+    def text_model(self, model: Any) -> torch.nn.Module:
+        """Return the thinker, see `LanguageFamily.text_model`."""
+        return _thinker(model)
+
+    def read_calibration(self, path: Path) -> list[Conversation]:
+        """Read conversations, see `Family.read_calibration`."""
+        return read_conversations(path)
+
+    def load_processor(self, folder: Path) -> Any:
+        """Load the processor of all modalities, see `LanguageFamily.load_processor`."""
+        try:
+            from transformers import AutoProcessor
+        except ImportError as error:
+            raise MissingExtraError("transformers", "quantize") from error
+        try:
+            return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{folder}: its processor cannot be loaded: {reason}") from error
+
+    def tokenize(self, processor: Any, sample: Conversation, max_tokens: int) -> dict[str, torch.Tensor]:
+        """Return what the thinker reads of one conversation, see `LanguageFamily.tokenize`.
+
+        Raises:
+            RecipeError: If a file cannot be read, or images and audio make it longer than ``max_tokens``.
+        """
+        import torch
+
+        parts = [part for message in sample for part in message["content"]]
+        images = [_read_image(part["image"]) for part in parts if part["type"] == "image"]
+        rate = processor.feature_extractor.sampling_rate
+        audio = [_read_audio(part["audio"], rate) for part in parts if part["type"] == "audio"]
+        inputs = processor(
+            text=processor.apply_chat_template(sample, tokenize=False),
+            images=images or None,
+            audio=audio or None,
+            return_tensors="pt",
+        )
+        tokens = inputs["input_ids"].shape[1]
+        if tokens > max_tokens:
+            if images or audio:  # a cut would part their marks from what they stand for
+                media = ", ".join(part[part["type"]] for part in parts if part["type"] != "text")
+                raise RecipeError(
+                    f"calibration.prompts: the conversation with {media} has {tokens} tokens; raise scheme.seqlen "
+                    f"above its {max_tokens} or shorten it"
+                )
+            inputs = {name: tensor[:, :max_tokens] for name, tensor in inputs.items()}
+        return {
+            name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+            for name, tensor in inputs.items()
+        }
+
+
+def _thinker(model: Any) -> torch.nn.Module:
+    import torch
+    from transformers import PretrainedConfig
+
+    class Thinker(torch.nn.Module):
+        """The thinker alone under its name in the whole model, with what auto-round asks of a model."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.thinker = model.thinker
+            # Named by no model_type: auto-round would look for blocks where transformers had them before 5.21.
+            self.config = PretrainedConfig()
+            self.name_or_path = ""
+
+        @property
+        def device(self) -> torch.device:
+            return next(self.parameters()).device
+
+        @property
+        def dtype(self) -> torch.dtype:
+            return next(self.parameters()).dtype
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.thinker(**{**inputs, "use_cache": False})
+
+    for module in list(model.thinker.modules()):
+        if hasattr(getattr(module, "experts", None), "gate_up_proj"):
+            module.experts = _separate(module.experts)
+    return Thinker()
+
+
+def _separate(fused: Any) -> torch.nn.Module:
+    """Make a Linear of every expert's projection, over the same memory; auto-round tunes nothing else."""
+    import torch
+
+    activation = fused.act_fn
+
+    class Experts(torch.nn.ModuleList):
+        """Computes what transformers' fused experts do, in the same order."""
+
+        def forward(
+            self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        ) -> torch.Tensor:
+            out = torch.zeros_like(hidden_states)
+            experts: list[Any] = list(self)
+            for index, expert in enumerate(experts):
+                token, slot = torch.where(top_k_index == index)
+                if token.numel() == 0:
+                    continue
+                x = hidden_states[token]
+                y = expert.down_proj(activation(expert.gate_proj(x)) * expert.up_proj(x))
+                out = out.index_add(0, token, (y * top_k_weights[token, slot, None]).to(out.dtype))
+            return out
+
+    def linear(weight: torch.Tensor) -> torch.nn.Linear:
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return layer
+
+    experts = Experts()
+    for gate_up, down in zip(fused.gate_up_proj.detach(), fused.down_proj.detach(), strict=True):
+        gate, up = gate_up.chunk(2)
+        expert = torch.nn.Module()
+        expert.gate_proj, expert.up_proj, expert.down_proj = linear(gate), linear(up), linear(down)
+        experts.append(expert)
+    return experts
+
+
+def _read_image(path: str) -> Any:
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise MissingExtraError("pillow", "quantize") from error
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise RecipeError(f"calibration.prompts: {path}: is no image that can be read: {error}") from error
+
+
+def _read_audio(path: str, rate: int) -> numpy.ndarray[Any, Any]:
+    """Read a mono or stereo WAV file of 16-bit samples as float32 in [-1, 1]."""
+    import wave
+
+    import numpy as np
+
+    try:
+        with wave.open(path, "rb") as file:
+            layout = (file.getframerate(), file.getsampwidth())
+            channels = file.getnchannels()
+            samples = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2" if layout[1] == 2 else "u1")
+    except (OSError, EOFError, wave.Error) as error:
+        raise RecipeError(f"calibration.prompts: {path}: is no WAV file that can be read: {error}") from error
+    if layout != (rate, 2):
+        raise RecipeError(
+            f"calibration.prompts: {path}: has {layout[0]} samples a second of {8 * layout[1]} bits; convert it to "
+            f"{rate} of 16 bits (ffmpeg -i IN -ar {rate} -c:a pcm_s16le OUT.wav)"
+        )
+    mono: numpy.ndarray[Any, Any] = samples.reshape(-1, channels).mean(axis=1, dtype=np.float32) / 32768
+    return mono
