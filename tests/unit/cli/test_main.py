@@ -9,6 +9,7 @@ import pytest
 
 from quantkit import __version__
 from quantkit.cli.main import main
+from quantkit.recipe import list_recipes
 
 HEAVY = ["auto_round", "transformers", "diffusers", "triton", "fastapi", "evalscope", "torch", "pydantic", "yaml"]
 
@@ -99,7 +100,7 @@ def test_an_error_is_one_line_on_standard_error_with_code_2(run):
     assert run("quantize", "-r", "[red]none") == (
         2,
         "",
-        "error: [red]none: no such recipe (known recipes: demo-flux, flux, flux-tuned)\n",
+        f"error: [red]none: no such recipe (known recipes: {', '.join(list_recipes())})\n",
     )
 
 
