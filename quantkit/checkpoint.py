@@ -5,9 +5,10 @@ Nothing here imports torch or reads a weight, so that plans, inspection and bad-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ class Component:
         return sum(path.stat().st_size for path in walk_files(self.folder))
 
     @property
+    def parameters(self) -> int:
+        """How many numbers its tensors hold."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
+
+    @property
     def quantization(self) -> dict[str, Any] | None:
         """The component's ``quantization_config``, if it is quantized.
 
@@ -73,6 +79,8 @@ class Pipeline:
     folder: Path
     class_name: str
     components: Mapping[str, Component]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What ``model_index.json`` says beside its components, e.g. ``boundary_ratio``."""
 
     @property
     def index_file(self) -> str:
@@ -113,7 +121,8 @@ def open_pipeline(folder: Path) -> Pipeline:
         if not (folder / name).is_dir():
             raise CheckpointError(f"{index_path}: {name}: its folder is missing; download the model again")
         components[name] = Component(name, entry[0], entry[1], folder / name)
-    return Pipeline(folder, class_name, components)
+    config = {name: entry for name, entry in index.items() if not isinstance(entry, list)}
+    return Pipeline(folder, class_name, components, config)
 
 
 def _open_single_model(folder: Path) -> Pipeline:

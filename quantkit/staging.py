@@ -2,7 +2,8 @@
 
 Killed at any moment, the output path holds what it held before or the complete new result, and the next run
 to the same output clears what was left behind. A lock on the staging folder, which the kernel drops with its
-process, tells leftovers from a run in progress.
+process, tells leftovers from a run in progress. What a run keeps for the next one, should it fail, is in a folder
+beside the output too, which only the run that holds the lock may touch; publishing removes it.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ class Staging:
         output: Where the result will be.
         content: The folder that becomes the output.
         work: For files that are not part of it.
+        kept: Folder that outlives a failed run and is removed by `publish`; it is made by who needs it.
     """
 
     def __init__(self, output: Path, folder: Path) -> None:
         self.output = output
         self.content = folder / "content"
         self.work = folder / "work"
+        self.kept = output.with_name(f".{output.name}.resume")
         self.content.mkdir()
         self.work.mkdir()
 
@@ -56,6 +59,8 @@ class Staging:
         _sync_entry(self.output.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
+        if self.kept.exists():
+            shutil.rmtree(self.kept)
 
 
 @contextmanager

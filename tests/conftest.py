@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-# tests/tiny.py is imported by name; --import-mode=importlib adds no folder to the path by itself.
+# tests/tiny is imported by name; --import-mode=importlib adds no folder to the path by itself.
 sys.path.insert(0, str(Path(__file__).parent))
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -18,6 +18,22 @@ def flux_model(tmp_path_factory):
     import tiny
 
     return tiny.build_flux(tmp_path_factory.mktemp("models") / "tiny-flux")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a tiny random pipeline, made once: ``tiny_model("wan_t2v")``; tests must not change it."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("families")
+    made = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = getattr(tiny, f"build_{name}")(folder / f"tiny-{name}")
+        return made[name]
+
+    return get
 
 
 @pytest.fixture

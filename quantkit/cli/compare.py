@@ -207,9 +207,10 @@ def _prompts(texts: list[str] | None, file: str | None, loaded: LoadedRecipe | N
     if texts:
         return tuple(texts)
     if file is not None:
-        return tuple(read_prompts(find_prompts(file, None)))
+        return tuple(prompt.text for prompt in read_prompts(find_prompts(file, None)))
     if loaded is not None and loaded.recipe.compare.prompts is not None:
-        return tuple(read_prompts(find_prompts(loaded.recipe.compare.prompts, loaded.path)))
+        found = find_prompts(loaded.recipe.compare.prompts, loaded.path)
+        return tuple(prompt.text for prompt in read_prompts(found))
     raise RecipeError("prompts: give --prompt, --prompts or a recipe with compare.prompts")
 
 

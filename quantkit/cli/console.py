@@ -51,7 +51,13 @@ def new_table(title: str, *headers: str, right: Sequence[str] = ()) -> Table:
     from rich.table import Table
 
     table = Table(
-        title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),  # two blanks between columns: every column counts on a terminal of 80
     )
     for header in headers:
         table.add_column(header, justify="right" if header in right else "left", overflow="fold")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantkit.errors import CheckpointError, MissingExtraError
+
+if TYPE_CHECKING:
+    from quantkit.checkpoint import Pipeline
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -35,12 +39,56 @@ def resolve_model(text: str, revision: str | None = None) -> Path:
     return _download(text, revision)
 
 
+def resolve_for_plan(text: str, revision: str | None = None) -> Path | Pipeline:
+    """Return what a plan needs of a model, see `resolve_model`: weights only if they are here already.
+
+    Returns:
+        The folder of a local model or of a complete download; for another hub id whose configuration comes with
+        quantkit, the published model without its weights.
+    """
+    if not _HUB_ID.fullmatch(text) or Path(text).exists():
+        return resolve_model(text, revision)
+    from quantkit.families.published import list_published, open_published
+
+    if text not in list_published():
+        return resolve_model(text, revision)
+    return _find_download(text, revision) or open_published(text)
+
+
+def _find_download(hub_id: str, revision: str | None) -> Path | None:
+    """Return the folder of a hub model if all of its weights are in the local cache."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    for index in ("model_index.json", "config.json"):
+        found = try_to_load_from_cache(hub_id, index, revision=revision)
+        if isinstance(found, str) and _holds_weights(Path(found).parent):
+            return Path(found).parent
+    return None
+
+
+def _holds_weights(folder: Path) -> bool:
+    from quantkit.checkpoint import open_pipeline
+
+    try:
+        components = open_pipeline(folder).components.values()
+        return all(part.tensors for part in components if (part.folder / "config.json").is_file())
+    except CheckpointError:  # an interrupted download
+        return False
+
+
 def _download(hub_id: str, revision: str | None) -> Path:
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise MissingExtraError("diffusers", "quantize") from error
+    from huggingface_hub import snapshot_download
+
     try:
+        folder = snapshot_download(hub_id, revision=revision, allow_patterns=["model_index.json", "config.json"])
+        if not Path(folder, "model_index.json").is_file():  # a single model
+            return Path(snapshot_download(hub_id, revision=revision, ignore_patterns=["*.bin", "*.pth"]))
         # diffusers knows which files of a repository its pipeline needs; FLUX.1-dev holds the weights twice.
         return Path(DiffusionPipeline.download(hub_id, revision=revision, use_safetensors=True))
     except (OSError, ValueError) as error:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantkit.cli.console import gigabytes, new_table, output
-from quantkit.cli.models import resolve_model
+from quantkit.cli.console import gigabytes, output
+from quantkit.cli.models import resolve_for_plan, resolve_model
+from quantkit.cli.plan import print_plan
 from quantkit.cli.progress import Bar
 from quantkit.recipe import find_recipe, load_recipe
 
 if TYPE_CHECKING:
-    from quantkit.quantize.plan import Plan
+    from quantkit.quantize.memory import CalibrationMemory
     from quantkit.quantize.run import Quantized
 
 _STAGES = {
     "check": "checking the source",
     "load": "loading the model",
+    "fingerprint": "fingerprinting the source",
     "calibrate": "collecting calibration inputs",
+    "resume": "taking up tuned blocks",
     "tune": "tuning blocks",
     "write": "packing layers",
     "verify": "verifying layers",
@@ -40,6 +44,9 @@ def command(
         list[str] | None, typer.Option("--set", help="key.path=value on top of the recipe; repeatable.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where to tune: auto, cpu, cuda, cuda:1 ...")] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on after the blocks that a failed run has tuned.")
+    ] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output, once the new one is verified.")
     ] = False,
@@ -52,12 +59,21 @@ def command(
         name = Path(model).resolve().name if Path(model).is_dir() else model
         given.append(f"model.id={json.dumps(name)}")  # in quotes: a folder may be called 1e5 or null
     loaded = load_recipe(find_recipe(recipe), given)
-    source = resolve_model(model or loaded.recipe.model.id, loaded.recipe.model.revision)
+    if dry_run:  # transformers warns of keys that no plan depends on, and reads its level when it is imported
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    resolve = resolve_for_plan if dry_run else resolve_model
+    source = resolve(model or loaded.recipe.model.id, loaded.recipe.model.revision)
 
     from quantkit.quantize.run import prepare, quantize
 
     prepared = prepare(loaded, source)
-    _print_plan(prepared.plan)
+    title = f"Plan: {source}"
+    if not isinstance(source, Path):
+        output.print("no weights here: planned from the published configuration", highlight=False)
+        title = f"Plan: {loaded.recipe.model.id}"
+    print_plan(prepared.plan, title)
+    if prepared.memory is not None:
+        _print_memory(prepared.memory)
     if dry_run:
         return
     target = output_folder or _default_output(loaded.recipe.model.id, loaded.recipe.scheme.bits)
@@ -65,9 +81,11 @@ def command(
         result = quantize(
             prepared,
             target.absolute(),
-            device=_device(device),
+            device=device,
             overwrite=overwrite,
-            on_progress=lambda step: bar(_STAGES[step.stage], step.done, step.total, step.detail),
+            resume=resume,
+            on_progress=lambda step: bar(_STAGES[step.stage], step.done, step.total, step.detail, step.result),
+            on_notice=bar.note,
         )
     _print_result(result, target)
 
@@ -76,53 +94,19 @@ def _default_output(model: str, bits: int) -> Path:
     return Path(f"{Path(model).name}-w{bits}a16")
 
 
-def _device(text: str) -> str:
-    if text != "auto":
-        return text
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else str(accelerator)
-
-
-def _print_plan(plan: Plan) -> None:
-    table = new_table(
-        f"Plan: {plan.pipeline.folder}",
-        *("component", "scheme", "layers", "16-bit Linears", "before", "after", "ratio"),
-        right=("layers", "16-bit Linears", "before", "after", "ratio"),
+def _print_memory(memory: CalibrationMemory) -> None:
+    output.print(
+        f"Calibration: {memory.samples} images x {memory.calls} calls cache {gigabytes(memory.cached_nbytes)} of "
+        f"inputs; tuning holds up to {gigabytes(memory.peak_nbytes)}, beside {gigabytes(memory.model_nbytes)} of "
+        "weights",
+        highlight=False,
     )
-    planned = {part.component.name: part for part in plan.components}
-    for name, component in plan.pipeline.components.items():
-        if name not in planned:
-            if component.tensors:
-                size = gigabytes(component.nbytes)
-                table.add_row(name, "as in the source", "", "", size, size, "1.00")
-            continue
-        part = planned[name]
-        schemes: dict[str, int] = {}
-        for layer in part.layers:
-            scheme = layer.scheme
-            label = f"W{scheme.bits} g{scheme.group_size} {'sym' if scheme.sym else 'asym'}"
-            schemes[label] = schemes.get(label, 0) + 1
-        table.add_row(
-            name,
-            "\n".join(schemes),
-            "\n".join(map(str, schemes.values())),
-            str(len(part.kept)),
-            gigabytes(part.nbytes_before),
-            gigabytes(part.nbytes_after),
-            f"{part.nbytes_after / part.nbytes_before:.2f}",
-        )
-    before, after = plan.nbytes_before, plan.nbytes_after
-    table.add_section()
-    table.add_row("all", "", "", "", gigabytes(before), gigabytes(after), f"{after / before:.2f}")
-    output.print(table)
 
 
 def _print_result(result: Quantized, target: Path) -> None:
     from statistics import median
 
-    errors = {layer.name: layer.relative_l2 for layer in result.errors}
+    errors = {f"{layer.component}.{layer.name}": layer.relative_l2 for layer in result.errors}
     worst = max(errors, key=errors.__getitem__)
     output.print(
         f"{len(errors)} layers packed and verified in {result.seconds:.0f} s; relative weight error "

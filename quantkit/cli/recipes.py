@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import new_table, output
+from quantkit.cli.console import gigabytes, new_table, output
 from quantkit.errors import OutputError, RecipeError
 from quantkit.recipe import find_prompts, find_recipe, list_recipes, load_recipe, read_prompts
 
@@ -19,8 +19,11 @@ _Name = Annotated[str, typer.Argument(help="Recipe, by path or by name.")]
 
 @app.command("ls")
 def list_all() -> None:
-    """List the recipes that are found by name."""
-    table = new_table("", "name", "model", "family", "task", "scheme", "tuning")
+    """List the recipes that are found by name, with the sizes that their plans predict."""
+    from quantkit.families.published import recall_sizes
+
+    sizes = ("before", "after")
+    table = new_table("", "name", "model", "task", "scheme", "iters", *sizes, right=("iters", *sizes))
     for name, path in list_recipes().items():
         try:
             recipe = load_recipe(path).recipe
@@ -28,13 +31,14 @@ def list_all() -> None:
             table.add_row(name, f"not valid: quantkit recipes validate {path}")
             continue
         scheme = recipe.scheme
+        known = recall_sizes(recipe)
         table.add_row(
             name,
             recipe.model.id,
-            recipe.model.family or "detected",
             recipe.model.task,
-            f"W{scheme.bits}A16 g{scheme.group_size}",
-            f"{scheme.iters} iterations" if scheme.tuned else "RTN",
+            f"W{scheme.bits} g{scheme.group_size}",
+            str(scheme.iters) if scheme.tuned else "RTN",
+            *((gigabytes(known.before), gigabytes(known.after)) if known else ("?", "?")),
         )
     output.print(table)
 

@@ -15,6 +15,7 @@ from quantkit.checkpoint import Component
 from quantkit.errors import CheckpointError
 from quantkit.families.base import Linear
 from quantkit.families.language import LanguageFamily
+from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling
 
 if TYPE_CHECKING:
@@ -50,12 +51,12 @@ class BagelFamily(LanguageFamily):
         """Return the decoder, see `LanguageFamily.text_model`."""
         return _text_model(model)
 
-    def tokenize(self, processor: Any, sample: str, max_tokens: int) -> dict[str, torch.Tensor]:
+    def tokenize(self, processor: Any, sample: Prompt, max_tokens: int) -> dict[str, torch.Tensor]:
         """Put a text between BAGEL's marks of begin and end, see `LanguageFamily.tokenize`."""
         import torch
 
         begin, end = processor.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-        tokens = processor(sample, add_special_tokens=False, truncation=True, max_length=max_tokens - 2)
+        tokens = processor(sample.text, add_special_tokens=False, truncation=True, max_length=max_tokens - 2)
         return {"input_ids": torch.tensor([[begin, *tokens["input_ids"], end]])}
 
 

@@ -11,14 +11,14 @@ whatever the library calls the module that it loads them into.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component
+from quantkit.checkpoint import Component, Pipeline
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
-from quantkit.recipe.prompts import read_prompts
+from quantkit.recipe.prompts import Prompt, read_prompts
 from quantkit.recipe.schema import Sampling, Task
 
 if TYPE_CHECKING:
@@ -39,13 +39,28 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class BlockInputs:
+    """What the repeated blocks of a component get while one calibration image is drawn, in 16 bit.
+
+    Attributes:
+        calls: How often the component runs: denoising steps times guidance branches.
+        passed_nbytes: Per call, of what one block hands to the next: hidden states of image and text.
+        shared_nbytes: Per call, of what every block gets alike, e.g. time embedding and rotary embedding.
+    """
+
+    calls: int
+    passed_nbytes: int
+    shared_nbytes: int
+
+
+@dataclass(frozen=True)
 class Family(ABC):
     """What is particular to one kind of model.
 
     Attributes:
         name: As recipes spell it.
         task: What its models do.
-        blocks: For each component that is quantized, the module lists that hold its repeated blocks. Linears
+        blocks: For each component that can be quantized, the module lists that hold its repeated blocks. Linears
             inside are quantized, those outside (embedders, final norm and projection) stay in 16 bit, as in
             the published checkpoints.
         sampling: Defaults of every sampling key that the models take. A key that is None here is not a parameter
@@ -54,6 +69,16 @@ class Family(ABC):
             ``quantization_config``.
         foreign: How the names of tensors begin that are of another network, although an index joins them to a
             component's own. They are taken as they are.
+        optional: Components of ``blocks`` that are quantized only if a recipe names them in
+            ``layers.components``. They are rounded to nearest: calibration reaches the other components alone.
+        kept: Why modules outside the blocks stay in 16 bit, by the beginning of their names, where the family
+            knows more than that they are outside.
+        block_outputs: For block classes that auto-round does not know, what their forward returns, in order.
+            Without it, tuning would feed every block the first one's text states.
+        block_inputs: Says, from configurations alone, how large the inputs of a component's blocks are, given
+            the source, the component's name and complete sampling keys: count the tokens of image and text,
+            multiply by the width of the blocks. Tuning keeps these inputs in memory (`quantkit.quantize.memory`);
+            the runs of a family without it are not checked for memory.
     """
 
     name: str
@@ -62,6 +87,10 @@ class Family(ABC):
     sampling: Sampling
     aliases: Mapping[str, str] = field(default_factory=dict)
     foreign: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
+    block_outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    block_inputs: Callable[[Pipeline, str, Sampling], BlockInputs] | None = None
 
     def sampling_for(self, *layers: Sampling) -> Sampling:
         """Return the family's sampling defaults, overlaid by each of the given in turn.
@@ -94,8 +123,10 @@ class Family(ABC):
         """
 
     def tensor_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor that a checkpoint of the architecture holds."""
-        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        """Return the shape of every tensor that a 16-bit checkpoint holds, of tied ones the first."""
+        first = {name for name, _ in model.named_parameters()}
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
+        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
     @abstractmethod
     def linears(self, component: Component, model: torch.nn.Module) -> Iterator[Linear]:
@@ -113,6 +144,20 @@ class Family(ABC):
         """
         return list(read_prompts(path))
 
+    def check_calibration(self, folder: Path, samples: Sequence[Any], max_tokens: int) -> None:
+        """Refuse what the model could not be fed with, before any time is spent; by default nothing.
+
+        Args:
+            folder: Of the model.
+            samples: From `read_calibration`.
+            max_tokens: Of a sample.
+
+        Raises:
+            CheckpointError: If the model lacks what it takes to read the samples.
+            RecipeError: If a sample does not fit.
+        """
+        del folder, samples, max_tokens
+
     @abstractmethod
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
         """Load a reference model for calibration, on the CPU.
@@ -127,23 +172,50 @@ class Family(ABC):
 class DiffusionFamily(Family):
     """A family whose models are diffusers pipelines."""
 
+    def prompt_kwargs(self, prompt: Prompt) -> dict[str, Any]:
+        """Return the keyword arguments of a pipeline call that say what to draw.
+
+        Raises:
+            RecipeError: If the family starts from a picture and the prompt has none, or it cannot be read.
+        """
+        if self.task != "i2v":
+            return {"prompt": prompt.text}
+        if prompt.image is None:
+            raise RecipeError(
+                f"{self.name} starts from a picture, and the prompt '{prompt.text}' has none; name one in a column "
+                "'image' of the prompt file"
+            )
+        return {"prompt": prompt.text, "image": _read_image(prompt.image)}
+
+    def check_calibration(self, folder: Path, samples: Sequence[Prompt], max_tokens: int) -> None:
+        """Read the pictures that prompts start from, see `Family.check_calibration`."""
+        del folder, max_tokens
+        for prompt in samples:
+            self.prompt_kwargs(prompt)
+
     def build(self, component: Component) -> torch.nn.Module:
         """Build a class of diffusers, see `Family.build`."""
         try:
             import diffusers
             import torch
+            import transformers
         except ImportError as error:
             raise MissingExtraError(error.name or "diffusers", "quantize") from error
-        model_class = getattr(diffusers, component.class_name, None)
-        if component.library != "diffusers" or model_class is None:
+        libraries = {"diffusers": diffusers, "transformers": transformers}
+        model_class: Any = getattr(libraries.get(component.library), component.class_name, None)
+        if model_class is None:
             raise CheckpointError(
                 f"{component.folder.parent / 'model_index.json'}: {component.name}: "
-                f"{component.library}.{component.class_name} is no class of the installed diffusers"
+                f"{component.library}.{component.class_name} is no class of the installed diffusers or transformers"
             )
         config = {key: value for key, value in component.config.items() if key != "quantization_config"}
         try:
             with torch.device("meta"):
-                model: torch.nn.Module = model_class.from_config(config)
+                model: torch.nn.Module = (
+                    model_class.from_config(config)
+                    if component.library == "diffusers"
+                    else model_class(model_class.config_class.from_dict(config))
+                )
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{component.folder / 'config.json'}: does not describe a {component.class_name}: {error}"
@@ -157,11 +229,28 @@ class DiffusionFamily(Family):
         blocks = tuple(f"{name}." for name in self.blocks[component.name])
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear):
-                reason = None if name.startswith(blocks) else "outside the blocks"
+                reason = None if name.startswith(blocks) else self._why_kept(name)
                 yield Linear(name, module.in_features, module.out_features, reason)
+
+    def _why_kept(self, name: str) -> str:
+        known = (reason for start, reason in self.kept.items() if name.startswith(start))
+        return next(known, "outside the blocks")
 
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
         """Load a pipeline, see `Family.load`."""
         from quantkit_runtime import load_pipeline
 
         return load_pipeline(folder, device="cpu", dtype=dtype)
+
+
+def _read_image(path: str) -> Any:
+    """Return a picture as RGB."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("pillow", "quantize") from error
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: is no picture: {error}") from error

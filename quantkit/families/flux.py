@@ -2,8 +2,38 @@
 
 from __future__ import annotations
 
-from quantkit.families.base import DiffusionFamily
+from typing import Any
+
+from quantkit.checkpoint import Pipeline
+from quantkit.families.base import BlockInputs, DiffusionFamily
 from quantkit.recipe.schema import Sampling
+
+
+def block_inputs(
+    pipeline: Pipeline, component: str, sampling: Sampling, *, guidance: str = "true_cfg_scale"
+) -> BlockInputs:
+    """Count 2x2 patches of the latent as image tokens; both kinds of blocks get image and text.
+
+    Args:
+        pipeline: See `DiffusionFamily.block_inputs`.
+        component: See there.
+        sampling: See there.
+        guidance: The key that, above 1, makes each step run the model twice.
+    """
+    config = pipeline.components[component].config
+    patch = 2 * 2 ** (len(pipeline.components["vae"].config["block_out_channels"]) - 1)
+    given: dict[str, Any] = sampling.given()
+    tokens = (given["height"] // patch) * (given["width"] // patch) + given["max_sequence_length"]
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    time_embedding = 2 * width
+    rotary_embedding = 2 * 4 * tokens * config["attention_head_dim"]  # cosine and sine in float32
+    branches = 2 if given[guidance] > 1 else 1
+    return BlockInputs(
+        calls=given["num_inference_steps"] * branches,
+        passed_nbytes=2 * tokens * width,
+        shared_nbytes=time_embedding + rotary_embedding,
+    )
+
 
 FLUX = DiffusionFamily(
     name="flux",
@@ -18,4 +48,5 @@ FLUX = DiffusionFamily(
         negative_prompt="",
         max_sequence_length=512,
     ),
+    block_inputs=block_inputs,
 )

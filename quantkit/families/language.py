@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,12 @@ class LanguageFamily(Family):
         whole: torch.nn.Module = model
         return whole
 
+    def check_calibration(self, folder: Path, samples: Sequence[Any], max_tokens: int) -> None:
+        """Try to turn every sample into the model's inputs, see `Family.check_calibration`."""
+        processor = self.load_processor(folder) if samples else None
+        for sample in samples:
+            self.tokenize(processor, sample, max_tokens)
+
     def module_names(self, model: torch.nn.Module, layers: Iterable[str]) -> dict[str, str]:
         """Return what the modules of a loaded model are called that the checkpoint names so; blocks as well."""
         from quantkit_runtime.names import CheckpointNames
@@ -111,8 +117,8 @@ class LanguageFamily(Family):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
     def tokenize(self, processor: Any, sample: Any, max_tokens: int) -> dict[str, torch.Tensor]:
-        """Return the model's inputs for one of `read_calibration`, by default a text, as a batch of one."""
-        return dict(processor(sample, truncation=True, max_length=max_tokens, return_tensors="pt"))
+        """Return the model's inputs for one of `read_calibration`, by default a prompt, as a batch of one."""
+        return dict(processor(sample.text, truncation=True, max_length=max_tokens, return_tensors="pt"))
 
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
         """Load the model, see `Family.load`."""

@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.checkpoint import Pipeline, open_pipeline
 from quantkit.errors import UnsupportedModelError
 from quantkit.families.base import Family
 
-# name -> where it is defined, and the classes of pipelines or single models by which it is recognised
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a family is defined and how it is recognised, without importing it."""
+
+    where: str
+    classes: tuple[str, ...]
+    """Of pipelines or single models."""
+    setting: str | None = None
+    """A key of ``model_index.json`` that must be set, where several families share a class."""
+
+    def fits(self, pipeline: Pipeline) -> bool:
+        return pipeline.class_name in self.classes and (
+            self.setting is None or bool(pipeline.config.get(self.setting))
+        )
+
+
 _FAMILIES = {
-    "bagel": (
+    "bagel": _Entry(
         "quantkit.families.bagel:BAGEL",
         ("BagelForConditionalGeneration", "OmniBagelForConditionalGeneration", "bagel"),
     ),
-    "flux": ("quantkit.families.flux:FLUX", ("FluxPipeline",)),
-    "qwen2.5-omni": (
+    "flux": _Entry("quantkit.families.flux:FLUX", ("FluxPipeline",)),
+    "glm-image": _Entry("quantkit.families.glm_image:GLM_IMAGE", ("GlmImagePipeline",)),
+    "ovis-image": _Entry("quantkit.families.ovis_image:OVIS_IMAGE", ("OvisImagePipeline",)),
+    "wan2.2-i2v": _Entry("quantkit.families.wan:I2V", ("WanImageToVideoPipeline",), "boundary_ratio"),
+    "wan2.2-t2v": _Entry("quantkit.families.wan:T2V", ("WanPipeline",), "boundary_ratio"),
+    "wan2.2-ti2v": _Entry("quantkit.families.wan:TI2V", ("WanPipeline",), "expand_timesteps"),
+    "qwen2.5-omni": _Entry(
         "quantkit.families.qwen2_5_omni:QWEN2_5_OMNI",
         ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"),
     ),
-    "qwen3-omni": ("quantkit.families.qwen3_omni:QWEN3_OMNI", ("Qwen3OmniMoeForConditionalGeneration",)),
+    "qwen3-omni": _Entry("quantkit.families.qwen3_omni:QWEN3_OMNI", ("Qwen3OmniMoeForConditionalGeneration",)),
 }
 
 
@@ -40,22 +62,26 @@ def get_family(name: str) -> Family:
         close = difflib.get_close_matches(name, _FAMILIES, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(family_names())}"
         raise UnsupportedModelError(f"model.family: {name} is unknown ({hint})")
-    module, _, attribute = _FAMILIES[name][0].partition(":")
+    module, _, attribute = _FAMILIES[name].where.partition(":")
     family: Family = getattr(importlib.import_module(module), attribute)
     return family
 
 
 def detect(model: Path | Pipeline) -> Family:
-    """Return the family of a local model folder, by the class of its pipeline or single model.
+    """Return the family of a local model folder, by its class and, where several share one, by settings.
 
     Raises:
         CheckpointError: If the folder is no model.
         UnsupportedModelError: If no family knows its class.
     """
     pipeline = open_pipeline(model) if isinstance(model, Path) else model
-    for name, (_, classes) in _FAMILIES.items():
-        if pipeline.class_name in classes:
+    for name, entry in _FAMILIES.items():
+        if entry.fits(pipeline):
             return get_family(name)
+    settings = sorted(
+        {entry.setting for entry in _FAMILIES.values() if pipeline.class_name in entry.classes and entry.setting}
+    )
+    without = f" without {' or '.join(settings)} in model_index.json" if settings else ""
     raise UnsupportedModelError(
-        f"{pipeline.folder}: no family knows {pipeline.class_name} (known: {', '.join(family_names())})"
+        f"{pipeline.folder}: no family knows {pipeline.class_name}{without} (known: {', '.join(family_names())})"
     )

@@ -136,7 +136,7 @@ def make_plan(pipeline: Pipeline, family: Family, recipe: Recipe) -> Plan:
         RecipeError: If a pattern matches no Linear, or a scheme does not fit a layer.
     """
     components = []
-    for name in family.blocks:
+    for name in _choose_components(family, recipe):
         if name not in pipeline.components:
             raise CheckpointError(f"{pipeline.folder}: a {family.name} model needs the component {name}")
         component = pipeline.components[name]
@@ -151,6 +151,20 @@ def make_plan(pipeline: Pipeline, family: Family, recipe: Recipe) -> Plan:
     if not any(part.layers for part in components):
         raise RecipeError("layers: nothing is left to quantize; widen include or shorten exclude")
     return Plan(family.name, pipeline, tuple(components))
+
+
+def _choose_components(family: Family, recipe: Recipe) -> list[str]:
+    chosen = recipe.layers.components
+    if chosen is None:
+        return [name for name in family.blocks if name not in family.optional]
+    for name in chosen:
+        if name not in family.blocks:
+            raise RecipeError(f"layers.components: {family.name} quantizes {', '.join(family.blocks)}, not {name}")
+        if recipe.scheme.tuned and name in family.optional:
+            raise RecipeError(
+                f"layers.components: {name} can only be rounded to nearest; set scheme.iters: 0 or leave it out"
+            )
+    return [name for name in family.blocks if name in chosen]
 
 
 def _check_weights(component: Component, expected: Mapping[str, tuple[int, ...]], foreign: tuple[str, ...]) -> None:
@@ -180,10 +194,10 @@ def _plan_component(
     default = Scheme(scheme.bits, scheme.group_size, scheme.sym, scheme.data_type, PACKING_FORMAT)
     layers, kept, misfits = [], [], []
     for linear in linears:
-        reason = _why_kept(linear, recipe)
+        reason = _why_kept(component.name, linear, recipe)
         chosen = default
         for override in recipe.layers.overrides:
-            if reason is None and fnmatchcase(linear.name, override.match):
+            if reason is None and _matches(override.match, component.name, linear.name):
                 given = override.model_dump(include={"bits", "group_size", "sym"}, exclude_none=True)
                 chosen = replace(default, **given)
                 reason = "kept by layers.overrides" if override.keep else None
@@ -198,17 +212,35 @@ def _plan_component(
     if misfits:
         more = f" (and {len(misfits) - 1} more layers)" if len(misfits) > 1 else ""
         raise RecipeError(f"{misfits[0]}{more}")
+    _check_experts_alike(layers, kept)
     blocks = family.blocks[component.name]
     return ComponentPlan(component, blocks, family.aliases, default, tuple(layers), tuple(kept))
 
 
-def _why_kept(linear: Linear, recipe: Recipe) -> str | None:
+def _check_experts_alike(layers: Sequence[PlannedLayer], kept: Sequence[tuple[str, str]]) -> None:
+    """Refuse to store the experts of one layer in several ways: everything that runs them takes them as one."""
+    found: dict[str, Scheme | None] = {}
+    for name, scheme in [*((layer.name, layer.scheme) for layer in layers), *((name, None) for name, _ in kept)]:
+        home, mark, _ = name.partition(".experts.")
+        if mark and found.setdefault(home, scheme) != scheme:
+            raise RecipeError(
+                f"layers: {name} would be stored in another way than other experts of {home}; give patterns that "
+                "match all of them"
+            )
+
+
+def _matches(pattern: str, component: str, layer: str) -> bool:
+    """Whether a recipe's pattern means a layer: by its name, or by its component's and its own."""
+    return fnmatchcase(layer, pattern) or fnmatchcase(f"{component}.{layer}", pattern)
+
+
+def _why_kept(component: str, linear: Linear, recipe: Recipe) -> str | None:
     choice = recipe.layers
-    if any(fnmatchcase(linear.name, pattern) for pattern in choice.exclude):
+    if any(_matches(pattern, component, linear.name) for pattern in choice.exclude):
         return "excluded by layers.exclude"
     if choice.include is None:
         return linear.keep_reason
-    if any(fnmatchcase(linear.name, pattern) for pattern in choice.include):
+    if any(_matches(pattern, component, linear.name) for pattern in choice.include):
         # A pattern must not silently reach layers that loaders never look for.
         return None if linear.optional else linear.keep_reason
     return "not in layers.include"
@@ -232,7 +264,7 @@ def _misfit(layer: PlannedLayer) -> str | None:
 
 def _check_patterns_match(components: Sequence[ComponentPlan], recipe: Recipe) -> None:
     """Refuse patterns that match nothing: they are mistakes, and silence would quantize something else."""
-    names = [name for part in components for name in _linear_names(part)]
+    names = [(part.component.name, name) for part in components for name in _linear_names(part)]
     patterns = [
         *(("layers.include", pattern) for pattern in recipe.layers.include or ()),
         *(("layers.exclude", pattern) for pattern in recipe.layers.exclude),
@@ -240,8 +272,9 @@ def _check_patterns_match(components: Sequence[ComponentPlan], recipe: Recipe) -
     ]
     problems = []
     for key, pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            close = difflib.get_close_matches(pattern, names, n=1)
+        if not any(_matches(pattern, component, name) for component, name in names):
+            known = [spelled for component, name in names for spelled in (name, f"{component}.{name}")]
+            close = difflib.get_close_matches(pattern, known, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             problems.append(f"{key}: {pattern} matches no Linear of the model{hint}")
     if problems:

@@ -8,23 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Pipeline, open_pipeline, read_header
-from quantkit.errors import CheckpointError, OutputError, QuantizationError, UnsupportedModelError
+from quantkit.checkpoint import Pipeline, open_pipeline
+from quantkit.errors import CheckpointError, OutputError, QuantizationError, RecipeError, UnsupportedModelError
 from quantkit.families.base import Family
 from quantkit.families.registry import detect, get_family
 from quantkit.quantize.card import render_card
+from quantkit.quantize.devices import resolve_devices
 from quantkit.quantize.export import place_untouched, write_component, write_json
+from quantkit.quantize.jobs import fingerprint, identify, make_job
 from quantkit.quantize.manifest import SCHEMA_VERSION, hash_files, library_versions
+from quantkit.quantize.memory import CalibrationMemory, cache_fits, check_memory, estimate_memory, keys_to_lower
 from quantkit.quantize.plan import ComponentPlan, Plan, PlannedLayer, make_plan, quantization_config
-from quantkit.quantize.progress import OnProgress, Progress, ignore
+from quantkit.quantize.progress import OnNotice, OnProgress, Progress, ignore
+from quantkit.quantize.resume import TunedBlocks, open_blocks
 from quantkit.quantize.rtn import Pack, round_to_nearest
 from quantkit.quantize.tensors import read_tensor, read_tensors
-from quantkit.quantize.tuning import BlockLoss, Job, Layer, tune
+from quantkit.quantize.tuning import Tuned, tune
 from quantkit.quantize.verify import LayerError, verify
 from quantkit.recipe.load import MANIFEST, LoadedRecipe
 from quantkit.recipe.locate import find_prompts
 from quantkit.recipe.schema import parse_size
-from quantkit.staging import stage
+from quantkit.staging import Staging, stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +47,8 @@ class Prepared:
     plan: Plan
     prompts: list[Any]
     """Calibration prompts; empty for round-to-nearest."""
+    memory: CalibrationMemory | None
+    """What calibration will take; None for round-to-nearest, and where the family cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +58,19 @@ class Quantized:
     output: Path
     plan: Plan
     errors: list[LayerError]
-    losses: list[BlockLoss]
+    tuned: Tuned | None
+    """What tuning reported; None for round-to-nearest."""
     nbytes: int
     """Of all files of the checkpoint."""
     seconds: float
 
 
-def prepare(loaded: LoadedRecipe, source: Path) -> Prepared:
+def prepare(loaded: LoadedRecipe, source: Path | Pipeline) -> Prepared:
     """Check a recipe against a model and plan the run.
 
     Args:
         loaded: The recipe.
-        source: Local folder of the 16-bit model.
+        source: The 16-bit model: its local folder, or what is known of it.
 
     Raises:
         CheckpointError: If the model is incomplete or damaged.
@@ -72,11 +79,11 @@ def prepare(loaded: LoadedRecipe, source: Path) -> Prepared:
     """
     recipe = loaded.recipe
     expected = get_family(recipe.model.family) if recipe.model.family is not None else None
-    pipeline = open_pipeline(source)
+    pipeline = open_pipeline(source) if isinstance(source, Path) else source
     family = detect(pipeline)
     if expected is not None and expected.name != family.name:
         raise UnsupportedModelError(
-            f"{loaded.path}: model.family: is {expected.name}, but {source} is a {family.name} model"
+            f"{loaded.path}: model.family: is {expected.name}, but {pipeline.folder} is a {family.name} model"
         )
     if recipe.model.task != family.task:
         raise UnsupportedModelError(
@@ -84,8 +91,12 @@ def prepare(loaded: LoadedRecipe, source: Path) -> Prepared:
         )
     for section in (recipe.calibration, recipe.compare, recipe.serve):
         family.sampling_for(recipe.sampling, section)
-    prompts = _calibration_samples(loaded, family) if recipe.scheme.tuned else []
-    return Prepared(loaded, family, make_plan(pipeline, family, recipe), prompts)
+    plan = make_plan(pipeline, family, recipe)
+    if not recipe.scheme.tuned:
+        return Prepared(loaded, family, plan, [], None)
+    prompts = _calibration_samples(loaded, family)
+    family.check_calibration(pipeline.folder, prompts, recipe.scheme.seqlen)  # now, not after an hour
+    return Prepared(loaded, family, plan, prompts, estimate_memory(plan, family, recipe))
 
 
 def _calibration_samples(loaded: LoadedRecipe, family: Family) -> list[Any]:
@@ -108,37 +119,48 @@ def quantize(
     *,
     device: str = "cpu",
     overwrite: bool = False,
+    resume: bool = True,
     on_progress: OnProgress = ignore,
+    on_notice: OnNotice = ignore,
 ) -> Quantized:
     """Carry out a prepared run and publish the checkpoint.
 
     Args:
         prepared: From `prepare`.
         output: Folder of the checkpoint; it appears complete and verified or not at all.
-        device: Where tuning runs, e.g. ``cpu`` or ``cuda:0``.
+        device: Where tuning runs, e.g. ``cpu``, ``cuda:0`` or ``auto``.
         overwrite: Replace an existing output, after the new checkpoint has been verified.
+        resume: Go on after the blocks that an earlier, failed run to the same output has tuned, if it was for the
+            same recipe, source, device type and versions.
         on_progress: Told of every step.
+        on_notice: Told of what is taken up of an earlier run, or why nothing is.
 
     Raises:
         CheckpointError: If the source holds NaN or infinity.
         OutputError: If the output exists, cannot be written, or holds the source.
-        QuantizationError: If tuning fails, or the result does not match the plan.
+        QuantizationError: If tuning fails or does not fit the memory, or the result does not match the plan.
+        RecipeError: If a device is not here, or is one too many.
     """
     started = time.monotonic()
     plan, recipe = prepared.plan, prepared.loaded.recipe
     if plan.pipeline.folder.resolve().is_relative_to(output.resolve()):
         raise OutputError(f"{output}: holds the model that is to be quantized; give another --output")
+    devices = resolve_devices(device)
+    if len(devices) > 1:
+        raise RecipeError(
+            f"--device: auto-round tunes a {prepared.family.name} model on one device; give one of them"
+        )
+    cache_on_host = _place_cache(prepared, devices)
     need_bytes = plan.nbytes_after + _SLACK_BYTES
     if recipe.scheme.tuned:  # what tuning leaves is there twice until the checkpoint is written
         need_bytes += sum(layer.nbytes for part in plan.components for layer in part.layers)
     with stage(output, overwrite=overwrite, need_bytes=need_bytes, marker=plan.pipeline.index_file) as staging:
         _check_finite(plan.pipeline, on_progress)
-        losses: list[BlockLoss] = []
+        tuned: Tuned | None = None
         packs = {part.component.name: round_to_nearest(part.component) for part in plan.components}
         if recipe.scheme.tuned:
-            job = _job(prepared, device, staging.work / "tuned")
-            losses = tune(job, staging.work, on_progress)
-            packs = {part.component.name: _from_file(part, Path(job.result)) for part in plan.components}
+            tuned, blocks = _tune(prepared, devices, cache_on_host, staging, resume, on_progress, on_notice)
+            packs = {part.component.name: _from_blocks(part, blocks) for part in plan.components}
         versions = library_versions()
         place_untouched(plan.pipeline, [*packs], staging.content)
         for part in plan.components:
@@ -155,13 +177,13 @@ def quantize(
             )
         errors = _verify(staging.content, plan, on_progress)
         seconds = time.monotonic() - started
-        manifest = _manifest(prepared, errors, losses, versions, device, seconds, staging.content)
+        manifest = _manifest(prepared, errors, tuned, versions, devices[0], seconds, staging.content)
         (staging.content / "README.md").write_text(render_card(manifest), encoding="utf-8")
         manifest["files"] = hash_files(staging.content, on_progress)
         write_json(staging.content / MANIFEST, manifest)
         staging.publish(overwrite=overwrite)
     nbytes = sum(entry["bytes"] for entry in manifest["files"].values())
-    return Quantized(output, plan, errors, losses, nbytes, time.monotonic() - started)
+    return Quantized(output, plan, errors, tuned, nbytes, time.monotonic() - started)
 
 
 def _check_finite(pipeline: Pipeline, on_progress: OnProgress) -> None:
@@ -175,42 +197,44 @@ def _check_finite(pipeline: Pipeline, on_progress: OnProgress) -> None:
         on_progress(Progress("check", number, len(infos), info.name))
 
 
-def _job(prepared: Prepared, device: str, result: Path) -> Job:
-    recipe = prepared.loaded.recipe
-    scheme = recipe.scheme
-    layers = {}
-    for part in prepared.plan.components:
-        layers[part.component.name] = {
-            **{
-                layer.name: Layer(layer.scheme.bits, layer.scheme.group_size, layer.scheme.sym)
-                for layer in part.layers
-            },
-            **{name: Layer(16, scheme.group_size, scheme.sym) for name in part.kept_in_blocks},
-        }
-    return Job(
-        source=str(prepared.plan.pipeline.folder),
-        family=prepared.family.name,
-        layers=layers,
-        default=Layer(scheme.bits, scheme.group_size, scheme.sym),
-        prompts=prepared.prompts,
-        dataset=recipe.calibration.dataset,
-        nsamples=scheme.nsamples,
-        seqlen=scheme.seqlen,
-        call_kwargs=prepared.family.call_kwargs(prepared.family.sampling_for(recipe.sampling, recipe.calibration)),
-        iters=scheme.iters,
-        lr=scheme.lr,
-        minmax_lr=scheme.minmax_lr,
-        batch_size=scheme.batch_size,
-        seed=scheme.seed,
-        noise_seed=recipe.calibration.seed,
-        device=device,
-        result=str(result),
-    )
+def _place_cache(prepared: Prepared, devices: tuple[str, ...]) -> bool:
+    """Check that calibration fits; say whether the host has to hold what a device cannot."""
+    if not prepared.loaded.recipe.scheme.tuned:
+        return False
+    on_host = not cache_fits(prepared.memory, devices[0])
+    if prepared.memory is not None:
+        keys = keys_to_lower(prepared.family, prepared.loaded.recipe, cached=True)
+        check_memory(prepared.memory, keys, cache_on_host=on_host or devices == ("cpu",))
+    return on_host
 
 
-def _from_file(part: ComponentPlan, result: Path) -> Pack:
-    """Return a function that gives the packed tensors which tuning left in a file."""
-    infos = read_header(result / f"{part.component.name}.safetensors")
+def _tune(
+    prepared: Prepared,
+    devices: tuple[str, ...],
+    cache_on_host: bool,
+    staging: Staging,
+    resume: bool,
+    on_progress: OnProgress,
+    on_notice: OnNotice,
+) -> tuple[Tuned, TunedBlocks]:
+    plan, family, recipe = prepared.plan, prepared.family, prepared.loaded.recipe
+    job = make_job(plan, family, recipe, prepared.prompts, devices=devices, cache_on_host=cache_on_host)
+    identity = identify(job, fingerprint(plan.pipeline, on_progress), library_versions())
+    blocks = open_blocks(staging.kept, identity, resume=resume, on_notice=on_notice)
+    try:
+        return tune(job, blocks, staging.work, on_progress), blocks
+    except BaseException:
+        if kept := len(blocks.files):
+            plural = "block is" if kept == 1 else "blocks are"
+            on_notice(f"{kept} tuned {plural} kept in {staging.kept}; the same command goes on from there")
+        else:
+            blocks.discard()
+        raise
+
+
+def _from_blocks(part: ComponentPlan, blocks: TunedBlocks) -> Pack:
+    """Return a function that gives the packed tensors which tuning left."""
+    infos = blocks.find_tensors(part.component.name)
 
     def pack_layer(layer: PlannedLayer) -> dict[str, Tensor]:
         missing = [name for name in layer.tensors if name not in infos]
@@ -239,7 +263,7 @@ def _verify(checkpoint: Path, plan: Plan, on_progress: OnProgress) -> list[Layer
 def _manifest(
     prepared: Prepared,
     errors: list[LayerError],
-    losses: list[BlockLoss],
+    tuned: Tuned | None,
     versions: dict[str, str],
     device: str,
     seconds: float,
@@ -266,10 +290,16 @@ def _manifest(
         },
         "samples": loaded.recipe.scheme.nsamples if loaded.recipe.scheme.tuned else 0,
         "plan": described,
-        "block_losses": [vars(loss) for loss in losses],
+        "block_losses": [] if tuned is None else [vars(loss) for loss in tuned.losses],
         "sizes": {"before": plan.nbytes_before, "after": after},
         "versions": versions,
-        "run": {"device": device, "threads": _threads(), "seconds": round(seconds, 1)},
+        "run": {
+            "device": device,
+            "threads": _threads(),
+            "seconds": round(seconds, 1),
+            "resumed_blocks": 0 if tuned is None else tuned.resumed,
+            "cached_bytes": 0 if tuned is None else tuned.cached_nbytes,
+        },
     }
 
 

@@ -2,11 +2,12 @@
 
 from quantkit.recipe.load import LoadedRecipe, load_recipe, recipe_of
 from quantkit.recipe.locate import find_prompts, find_recipe, list_recipes
-from quantkit.recipe.prompts import read_prompts
+from quantkit.recipe.prompts import Prompt, read_prompts
 from quantkit.recipe.schema import Recipe
 
 __all__ = [
     "LoadedRecipe",
+    "Prompt",
     "Recipe",
     "find_prompts",
     "find_recipe",

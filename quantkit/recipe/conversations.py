@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import RecipeError
-from quantkit.recipe.prompts import read_prompts
+from quantkit.recipe.prompts import Prompt, read_prompts
 
 Conversation = list[dict[str, Any]]
 """Messages ``{"role": ..., "content": [part, ...]}`` with parts ``{"type": "text", "text": ...}``,
@@ -28,7 +28,7 @@ def read_conversations(path: Path) -> list[Conversation]:
         RecipeError: If the file cannot be read, a line is no conversation, or a file that it names is missing.
     """
     if path.suffix != ".jsonl" or not _holds_messages(path):
-        return [[{"role": "user", "content": [_text(prompt)]}] for prompt in read_prompts(path)]
+        return [[{"role": "user", "content": _parts(prompt)}] for prompt in read_prompts(path)]
     conversations = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
@@ -66,6 +66,11 @@ def _conversation(line: str, path: Path, number: int) -> Conversation:
         checked = [_part(part, path.parent, f"{key}: content[{place}]") for place, part in enumerate(parts)]
         conversation.append({"role": message["role"], "content": checked})
     return conversation
+
+
+def _parts(prompt: Prompt) -> list[dict[str, str]]:
+    picture = [] if prompt.image is None else [{"type": "image", "image": prompt.image}]
+    return [*picture, _text(prompt.text)]
 
 
 def _text(text: str) -> dict[str, str]:

@@ -107,7 +107,7 @@ class Override(LayerScheme):
     """Another scheme for the layers that a pattern names."""
 
     match: Text
-    """Exact layer name or glob, e.g. ``transformer_blocks.*.attn.to_q``."""
+    """Exact layer name or glob, e.g. ``transformer_blocks.*.attn.to_q``, or ``transformer_2.blocks.*``."""
     keep: bool = False
     """True keeps these layers in 16 bit."""
 
@@ -120,12 +120,18 @@ class Override(LayerScheme):
 
 
 class Layers(Section):
-    """Which Linear layers are quantized; by default those of the family."""
+    """Which Linear layers are quantized; by default those of the family.
 
+    A pattern is an exact name or a glob. It is tried on a layer's name within its component, and on that name with
+    the component's before it: ``blocks.*`` means the blocks of every component, ``transformer_2.blocks.*`` of one.
+    """
+
+    components: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Components that are quantized, e.g. ``[transformer]``. None takes the family's choice."""
     include: tuple[Text, ...] | None = None
-    """Exact names or globs; only Linears that match are quantized. None takes the family's choice."""
+    """Patterns; only Linears that match are quantized. None takes the family's choice."""
     exclude: tuple[Text, ...] = ()
-    """Exact names or globs that stay in 16 bit."""
+    """Patterns of Linears that stay in 16 bit."""
     overrides: tuple[Override, ...] = ()
     """Per-layer schemes; the last match wins."""
 
@@ -163,7 +169,9 @@ class Calibration(Sampling):
     """What the tuning sees; sampling keys given here replace those of ``sampling``."""
 
     prompts: Text | None = None
-    """File of prompts: .txt (one a line), .tsv or .csv with a column ``caption``, .jsonl with ``caption``."""
+    """File of prompts: .txt (one a line), .tsv or .csv with a column ``caption``, .jsonl with ``caption``.
+
+    For image to video also ``image``, the path of a picture from the file's folder."""
     dataset: Text | None = None
     """Name of a data set that auto-round knows (downloaded), e.g. ``coco2014``; instead of prompts."""
     seed: Seed = 42

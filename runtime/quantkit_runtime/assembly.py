@@ -55,10 +55,10 @@ def assemble(
     files = WeightFiles(folder)
     with _empty_parameters(), _default_dtype(dtype):
         model = build()
+    _compute_buffers(model)
     names = CheckpointNames(model)
     targets = {} if quantization is None else swap_packed(model, files, names, quantization, device)
     _fill(model, files, names, targets, device, dtype)
-    _compute_buffers(model)
     model.to(device)  # non-persistent buffers were computed on the CPU
     model.eval().requires_grad_(False)
     for module in model.modules():
@@ -155,15 +155,15 @@ def _fill(
 
 
 def _compute_buffers(model: nn.Module) -> None:
-    """Compute the buffers that no checkpoint holds as transformers does: in float32, once the weights are there.
+    """Compute the buffers that no checkpoint holds once more, as transformers does.
 
-    Those that a constructor computes while bf16 is the default dtype are rounded to it.
+    A constructor computes them while bf16 is the default dtype, which may round them.
     """
     initialize: Any = getattr(model, "initialize_weights", None)
     if initialize is None:  # diffusers
         return
     for tensor in model.state_dict(keep_vars=True).values():
-        tensor._is_hf_initialized = True  # the mark by which transformers lets be what has been loaded
+        tensor._is_hf_initialized = True  # the mark of what transformers must not touch
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
     with torch.no_grad():

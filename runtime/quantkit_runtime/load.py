@@ -60,8 +60,9 @@ def load_pipeline(
     if not index_path.is_file():
         raise CheckpointFormatError(f"{index_path}: missing; give the root folder of a diffusers pipeline")
     diffusers = import_optional("diffusers")
+    index = read_json(index_path)
     packed = {}
-    for name, entry in read_json(index_path).items():
+    for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
         config_path = folder / name / "config.json"
@@ -77,11 +78,14 @@ def load_pipeline(
         packed[name] = _assemble(
             folder / name, model_class, quantization, target, dtype, compute=compute, backend=backend
         )
+    # Called on its base class, a pipeline loads its optional components (Wan's transformers) again and drops ours.
+    pipeline_class = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
     with library_errors(folder):
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        pipeline = pipeline_class.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, **packed
         )
-        return pipeline.to(target)
+    assert all(getattr(pipeline, name) is model for name, model in packed.items())
+    return pipeline.to(target)
 
 
 def load_model(

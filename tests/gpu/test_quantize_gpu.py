@@ -44,7 +44,7 @@ def test_compared_on_the_device_it_passes_the_recipe(device, tuned, tmp_path):
     request = Request(
         reference=quantkit.demo.path(),
         candidate=tuned,
-        prompts=tuple(prompts),
+        prompts=tuple(prompt.text for prompt in prompts),
         seeds=recipe.compare.seeds,
         sampling=(recipe.sampling, recipe.compare),
         thresholds=recipe.compare.thresholds,

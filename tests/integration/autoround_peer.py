@@ -17,6 +17,7 @@ def save(job_path, output):
     import auto_round
 
     from quantkit.quantize import autoround
+    from quantkit.quantize.resume import TunedBlocks
     from quantkit.quantize.tuning import Job
 
     real = auto_round.AutoRound
@@ -34,8 +35,9 @@ def save(job_path, output):
         return tuner
 
     auto_round.AutoRound = make
-    follower = autoround._Follower(lambda *_args, **_fields: None)
-    autoround._run(Job.read(Path(job_path)), lambda *_args, **_fields: None, follower)
+    # Its own tuning, not ours that keeps blocks.
+    autoround._keep_blocks = lambda *_: None
+    autoround._run(Job.read(Path(job_path)), TunedBlocks(output), lambda *_, **__: None, autoround.Follower())
 
 
 def rtn(model, output, bits, group_size):

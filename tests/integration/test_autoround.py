@@ -74,10 +74,10 @@ def test_tuned_layers_are_packed_as_autoround_packs_them(quantize_tiny, tmp_path
 
     jobs = []
 
-    def keep_job(job, work, on_progress):
-        losses = tune(job, work, on_progress)
+    def keep_job(job, blocks, work, on_progress):
+        tuned = tune(job, blocks, work, on_progress)
         jobs.append((work / "job.json").read_text())
-        return losses
+        return tuned
 
     tune = quantize_run.tune
     monkeypatch.setattr(quantize_run, "tune", keep_job)

@@ -51,7 +51,7 @@ def fails(tmp_path, monkeypatch, capsys):
             main()
         assert caught.value.code == 2
         assert listing(tmp_path) == before
-        progress = re.compile(r"[a-z ]+: \d+/\d+ in \d+ s")
+        progress = re.compile(r"[a-z ]+: \d+/\d+ in [0-9 minhs]+")
         lines = [line for line in capsys.readouterr().err.splitlines() if not progress.fullmatch(line)]
         assert len(lines) == 1, lines
         return lines[0].replace(f"{tmp_path}/", "./").removeprefix("error: ")
@@ -181,6 +181,17 @@ def test_a_disk_that_fills_up_while_writing(fails, model, small_disk, monkeypatc
     monkeypatch.setattr("quantkit.quantize.run._SLACK_BYTES", -(10**7))
     small_disk("800k")
     assert fails(RECIPE, model, output="disk/out") == "./disk/out: cannot be written: No space left on device"
+
+
+def test_a_device_that_is_not_here(fails, model):
+    line = fails(RECIPE, model, "--device", "cuda:99")
+    assert line.startswith("--device: cuda:99 is not here; this machine has cpu")
+
+
+def test_several_devices_for_a_model_that_is_tuned_on_one(fails, model, monkeypatch):
+    monkeypatch.setattr("quantkit.quantize.run.resolve_devices", lambda text: tuple(text.split(",")))
+    line = fails(RECIPE, model, "--device", "cuda:0,cuda:1")
+    assert line == "--device: auto-round tunes a flux model on one device; give one of them"
 
 
 def test_an_unknown_family(fails, model):

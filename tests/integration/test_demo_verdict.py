@@ -19,10 +19,11 @@ def verdict_of(tmp_path_factory):
         loaded = load_recipe(find_recipe("demo-flux"), overrides)
         quantize(prepare(loaded, quantkit.demo.path()), folder / "candidate")
         recipe = loaded.recipe
+        prompts = read_prompts(find_prompts(recipe.compare.prompts, loaded.path))
         request = Request(
             reference=quantkit.demo.path(),
             candidate=folder / "candidate",
-            prompts=tuple(read_prompts(find_prompts(recipe.compare.prompts, loaded.path))[:PROMPTS]),
+            prompts=tuple(prompt.text for prompt in prompts[:PROMPTS]),
             seeds=recipe.compare.seeds,
             sampling=(recipe.sampling, recipe.compare),
             thresholds=recipe.compare.thresholds,

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.quantize.manifest import hash_file
 from quantkit.quantize.verify import verify
 
 # Imports once, then forks for each command line it reads: the child runs the real command line from its start.
 SERVER = """
-import os, sys
+import json, os, sys
 import torch, diffusers, transformers
 from diffusers import FluxTransformer2DModel
 import quantkit.quantize.run, quantkit.cli.main
@@ -27,7 +28,9 @@ for line in sys.stdin:
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
-        sys.argv = ["quantkit", *__import__("json").loads(line)]
+        arguments, environment = json.loads(line)
+        os.environ.update(environment)
+        sys.argv = ["quantkit", *arguments]
         try:
             quantkit.cli.main.main()
         except SystemExit as end:
@@ -36,6 +39,7 @@ for line in sys.stdin:
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+KILLER = Path(__file__).parent / "killer"
 RTN_KILLS = 10
 TUNED_KILLS = 10
 
@@ -51,9 +55,9 @@ class Quantizer:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def run(self, *options, kill_after_s=None):
+    def run(self, *options, kill_after_s=None, **environment):
         """Run once; kill it after a while. Return its exit code and how long it ran."""
-        self.server.stdin.write(json.dumps([*self.arguments, *options]).encode() + b"\n")
+        self.server.stdin.write(json.dumps([[*self.arguments, *options], environment]).encode() + b"\n")
         self.server.stdin.flush()
         child = int(self.server.stdout.readline())
         began = time.monotonic()
@@ -144,13 +148,36 @@ def test_killed_overwriting_leaves_the_old_or_the_new_checkpoint(quantizer, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_killed_tuning_leaves_no_part_and_no_process(quantizer, tmp_path):
-    options = ("--set", "scheme.iters=1")
+def test_killed_tuning_leaves_no_part_and_no_process_and_ends_with_the_same_bytes(quantizer, tmp_path):
+    options = ("--set", "scheme.iters=2", "--set", "scheme.lr=0.3")
     code, duration_s = quantizer.run(*options)
     assert code == 0
+    uninterrupted = hash_weights(quantizer.output)
     subprocess.run(["rm", "-r", quantizer.output], check=True)
     left = kill_repeatedly(quantizer, options, duration_s, TUNED_KILLS, {None, 4})
     assert None in left
     assert quantizer.run("--overwrite", *options)[0] == 0
     assert verify(quantizer.output).problems == []
+    assert hash_weights(quantizer.output) == uninterrupted
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_while_a_block_is_tuned_the_next_run_goes_on_after_the_last_one(quantizer, tmp_path):
+    options = ("--set", "scheme.iters=2", "--set", "scheme.lr=0.3")
+    assert quantizer.run(*options)[0] == 0
+    uninterrupted = hash_weights(quantizer.output)
+    subprocess.run(["rm", "-r", quantizer.output], check=True)
+    path = os.pathsep.join(filter(None, (str(KILLER), os.environ.get("PYTHONPATH"))))
+    code, _ = quantizer.run(*options, PYTHONPATH=path, QUANTKIT_TEST_KILL="2:before:parent")
+    assert code == -signal.SIGKILL
+    wait_until_gone(quantizer)
+    kept = sorted((tmp_path / ".out.resume").rglob("*.safetensors"))
+    assert [block.name[:5] for block in kept] == ["00000", "00001"]
+    assert quantizer.run(*options)[0] == 0
+    assert json.loads((quantizer.output / "quantkit.json").read_text())["run"]["resumed_blocks"] == len(kept)
+    assert hash_weights(quantizer.output) == uninterrupted
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def hash_weights(checkpoint):
+    return {path.relative_to(checkpoint): hash_file(path) for path in checkpoint.rglob("*.safetensors")}

@@ -40,7 +40,7 @@ def test_tuning_reports_every_block_and_verifies(tuned_checkpoint, flux_model):
     blocks = [
         f"{kind}.{index}" for kind in ("transformer_blocks", "single_transformer_blocks") for index in range(2)
     ]
-    assert [loss.block for loss in tuned_checkpoint.losses] == blocks
+    assert [loss.block for loss in tuned_checkpoint.tuned.losses] == blocks
     assert verify(tuned_checkpoint.output, source=flux_model).problems == []
 
 

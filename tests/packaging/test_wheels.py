@@ -68,7 +68,7 @@ def test_every_module_of_the_checkout_is_in_its_wheel(toolkit, runtime):
     ("folder", "inside"), [("recipes", "recipes"), ("eval/prompts", "prompts"), ("eval/suites", "suites")]
 )
 def test_the_toolkits_data_is_inside(toolkit, folder, inside):
-    files = {path.name for path in (ROOT / folder).glob("*") if path.is_file()}
+    files = {str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).rglob("*") if path.is_file()}
     prefix = f"quantkit/_data/{inside}/"
     assert {name.removeprefix(prefix) for name in contents(toolkit) if name.startswith(prefix)} == files
 
@@ -92,6 +92,13 @@ def test_the_embedded_model_is_inside(toolkit):
         "README.md",
     }
     assert weights - found == set(), "missing in the wheel"
+
+
+def test_the_published_configurations_are_inside(toolkit):
+    folder = ROOT / "quantkit" / "families" / "published"
+    files = {str(path.relative_to(ROOT)) for path in folder.rglob("*.json")}
+    assert "quantkit/families/published/sizes.json" in files
+    assert files <= contents(toolkit)
 
 
 def test_the_toolkits_metadata(toolkit):

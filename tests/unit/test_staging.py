@@ -234,3 +234,19 @@ def test_overwrite_replaces_only_folders_that_hold_the_marker(tmp_path):
         fill(staging)
         staging.publish(overwrite=True)
     assert not (out / "chapter1.txt").exists()
+
+
+def test_what_is_kept_for_the_next_run_outlives_a_failure_and_goes_with_success(tmp_path):
+    def run(error=None):
+        with stage(tmp_path / "out", overwrite=False, need_bytes=0) as staging:
+            staging.kept.mkdir(exist_ok=True)
+            (staging.kept / "block").write_text("tuned")
+            if error is not None:
+                raise error
+            staging.publish(overwrite=False)
+
+    with pytest.raises(ZeroDivisionError):
+        run(ZeroDivisionError())
+    assert entries(tmp_path) == [".out.resume", ".out.resume/block"]
+    run()
+    assert entries(tmp_path) == ["out"]

@@ -187,6 +187,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run, flux_model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_prints_the_memory_that_calibration_will_take(run, flux_model, quantize_tiny):
+    code, output, _ = run(
+        "quantize", "-r", quantize_tiny.recipe, "-m", flux_model, "--dry-run", "--set", "scheme.iters=1"
+    )
+    assert code == 0
+    assert "Calibration: 2 images x 2 calls cache 0.33 MB of inputs; tuning holds up to 0.58 MB" in output
+
+
 @pytest.mark.parametrize("name", ["123", "1e5", "null", "a: b", "yes", "[x]"])
 def test_a_model_folder_may_have_any_name(run, flux_model, tmp_path, name):
     (tmp_path / name).symlink_to(flux_model)

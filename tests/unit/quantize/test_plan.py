@@ -210,3 +210,32 @@ def test_a_configuration_that_describes_nothing_is_refused(damaged):
 def test_a_model_that_is_quantized_already_is_refused(damaged):
     reason = damaged(config={"quantization_config": {"bits": 4}})
     assert reason == "transformer/config.json: is quantized already; give the 16-bit original"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "excluded"),
+    [
+        ("blocks.0.attn1.to_q", {"transformer": 1, "transformer_2": 1}),
+        ("transformer.blocks.0.attn1.to_q", {"transformer": 1, "transformer_2": 0}),
+        ("transformer_2.blocks.*", {"transformer": 0, "transformer_2": 20}),
+        ("*.ffn.*", {"transformer": 4, "transformer_2": 4}),
+    ],
+)
+def test_a_pattern_means_one_component_if_it_begins_with_its_name(tiny_model, pattern, excluded):
+    pipeline = open_pipeline(tiny_model("wan_t2v"))
+    recipe = Recipe.model_validate(
+        {
+            "version": 1,
+            "model": {"id": "tiny", "task": "t2v"},
+            "scheme": {"iters": 0, "group_size": 64},
+            "layers": {"exclude": (pattern,)},
+        }
+    )
+    plan = make_plan(pipeline, detect(pipeline), recipe)
+    kept = {part.component.name: len(part.kept_in_blocks) for part in plan.components}
+    assert kept == excluded
+
+
+def test_a_pattern_of_a_component_that_the_model_lacks_is_refused(plan):
+    with pytest.raises(RecipeError, match=r"transformer_2\.blocks\.\* matches no Linear of the model"):
+        plan(layers={"exclude": ["transformer_2.blocks.*"]})

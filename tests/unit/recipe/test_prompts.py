@@ -3,7 +3,7 @@
 import pytest
 
 from quantkit.errors import RecipeError
-from quantkit.recipe import read_prompts
+from quantkit.recipe import Prompt, read_prompts
 
 
 @pytest.fixture
@@ -32,7 +32,21 @@ def write(tmp_path):
     ],
 )
 def test_prompts_are_read_in_their_order(write, name, text, prompts):
-    assert read_prompts(write(name, text)) == prompts
+    assert [prompt.text for prompt in read_prompts(write(name, text))] == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.tsv", "caption\timage\none\tpictures/a.png\ntwo\t\n"),
+        ("a.csv", "image,caption\npictures/a.png,one\n,two\n"),
+        ("a.jsonl", '{"prompt": "one", "image": "pictures/a.png"}\n{"prompt": "two", "image": null}\n'),
+    ],
+)
+def test_pictures_are_found_from_the_files_folder(write, tmp_path, name, text):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"")
+    assert read_prompts(write(name, text)) == [Prompt("one", str(tmp_path / "pictures" / "a.png")), Prompt("two")]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +63,8 @@ def test_prompts_are_read_in_their_order(write, name, text, prompts):
         ("a.jsonl", '{"text": "one"}', "a.jsonl:1: has no text under 'caption' or 'prompt'"),
         ("a.jsonl", '{"caption": 3}', "a.jsonl:1: has no text under 'caption' or 'prompt'"),
         ("a.jsonl", "3", "a.jsonl:1: has no text under 'caption' or 'prompt'"),
+        ("a.jsonl", '{"caption": "one", "image": 3}', "a.jsonl:1: image: must be a path, not 3"),
+        ("a.tsv", "caption\timage\none\tb.png\n", "a.tsv:2: image: no file "),
         ("a.md", "one", "a.md: unknown kind of prompt file; use one of .txt, .tsv, .csv, .jsonl"),
         ("a.txt", b"\xff\xfeone", "a.txt: is not UTF-8 text"),
     ],
