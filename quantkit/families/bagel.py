@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component, read_tensors
+from quantkit.checkpoint import Component
 from quantkit.errors import CheckpointError, UnsupportedModelError
 from quantkit.families.base import Linear
 from quantkit.families.language import LanguageFamily
@@ -21,8 +21,6 @@ from quantkit.recipe.schema import Sampling
 
 if TYPE_CHECKING:
     import torch
-
-_VAE = ("encoder.", "decoder.")
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,6 @@ class BagelFamily(LanguageFamily):
                 return Bagel.from_folder(component.folder)
         except CheckpointFormatError as error:
             raise CheckpointError(str(error)) from error
-
-    def tensor_shapes(self, component: Component, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        """Add the VAE as it is: its tensors lie beside the model's, and nothing here runs them."""
-        vae = {name: info.shape for name, info in read_tensors(component.folder).items() if name.startswith(_VAE)}
-        return super().tensor_shapes(component, model) | vae
 
     def linears(self, component: Component, model: torch.nn.Module) -> Iterator[Linear]:
         """Yield every Linear; those of the drawing expert are optional."""
@@ -85,7 +78,7 @@ def _text_model(bagel: Any) -> torch.nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.language_model = bagel.language_model
-            # Named by no model_type: auto-round would replace what it takes for a BAGEL.
+            # Without a model_type: at that of BAGEL auto-round follows rules of its own instead of the plan.
             self.config = PretrainedConfig()
             self.name_or_path = ""
 
@@ -111,4 +104,5 @@ BAGEL = BagelFamily(
     blocks={"model": ("language_model.model.layers",)},
     sampling=Sampling(),
     vllm_omni=replace(LANGUAGE_MODEL, unvalidated="its quantized BAGEL has not been validated upstream"),
+    foreign=("encoder.", "decoder."),  # the VAE, as its authors published it
 )

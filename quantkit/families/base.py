@@ -68,6 +68,8 @@ class Family(ABC):
             of the family.
         aliases: Other names of blocks: libraries that rename modules while loading look for these in a
             ``quantization_config``.
+        foreign: How the names of tensors begin that are of another network, although an index joins them to a
+            component's own. They are taken as they are.
         optional: Components of ``blocks`` that are quantized only if a recipe names them in
             ``layers.components``. They are rounded to nearest: calibration reaches the other components alone.
         kept: Why modules outside the blocks stay in 16 bit, by the beginning of their names, where the family
@@ -86,6 +88,7 @@ class Family(ABC):
     blocks: Mapping[str, tuple[str, ...]]
     sampling: Sampling
     aliases: Mapping[str, str] = field(default_factory=dict)
+    foreign: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     block_outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -126,14 +129,8 @@ class Family(ABC):
             CheckpointError: If the configuration does not describe the class.
         """
 
-    def tensor_shapes(self, component: Component, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor that a 16-bit checkpoint holds, of tied ones the first.
-
-        Args:
-            component: What is checked; a family may take a tensor of it as it is.
-            model: From `build`.
-        """
-        del component
+    def tensor_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor that a 16-bit checkpoint holds, of tied ones the first."""
         first = {name for name, _ in model.named_parameters()}
         tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}

@@ -58,11 +58,10 @@ class LanguageFamily(Family):
         except MissingDependencyError as error:
             raise MissingExtraError("transformers", "quantize") from error
 
-    def tensor_shapes(self, component: Component, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor of the checkpoint, each expert's apart."""
         from quantkit_runtime.names import checkpoint_tensors
 
-        del component
         return {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(model).items()}
 
     def linears(self, component: Component, model: torch.nn.Module) -> Iterator[Linear]:
@@ -74,7 +73,7 @@ class LanguageFamily(Family):
         blocks = tuple(f"{name}." for name in self.blocks[component.name])
         names = CheckpointNames(model)
         modules = dict(model.named_modules())
-        for tensor, shape in self.tensor_shapes(component, model).items():
+        for tensor, shape in self.tensor_shapes(model).items():
             if len(shape) != 2 or not tensor.endswith(".weight"):
                 continue
             name = tensor.removesuffix(".weight")

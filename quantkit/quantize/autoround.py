@@ -46,7 +46,9 @@ class _Gone(Exception):  # noqa: N818  (no error of a user's: a refusal of the c
 
 
 def _end_with_parent() -> None:
-    sys.stdin.read()
+    # Not sys.stdin: a fork of this process, as auto-round makes to prepare a data set, would wait for its lock.
+    while os.read(0, 1):
+        pass
     os._exit(1)
 
 

@@ -16,16 +16,16 @@ def render_card(manifest: dict[str, Any]) -> str:
     """Return the card of the checkpoint that a manifest describes."""
     recipe, source, sizes = manifest["recipe"]["effective"], manifest["source"], manifest["sizes"]
     scheme = recipe["scheme"]
+    single = SINGLE_MODEL in manifest["plan"]
     name = f"W{scheme['bits']}A16"
     # Hubs take base_model for one of their own ids; a local folder's name would be a broken link.
     base = {"base_model": source["id"], "base_model_relation": "quantized"} if "/" in source["id"] else {}
     metadata = {
         **base,
-        "library_name": "transformers" if SINGLE_MODEL in manifest["plan"] else "diffusers",
+        **_library(manifest["family"], single),
         "pipeline_tag": _PIPELINE_TAGS[recipe["model"]["task"]],
         "tags": ["auto-round", name.lower(), "quantkit"],
     }
-    single = SINGLE_MODEL in manifest["plan"]
     how = (
         f"AutoRound, {scheme['iters']} iterations of signed gradient descent per block, {manifest['samples']} "
         "calibration samples"
@@ -99,6 +99,13 @@ def _engine_row(engine: str, findings: list[dict[str, Any]]) -> str:
 
 def _more(count: int) -> str:
     return f" and {count - 1} more" if count > 1 else ""
+
+
+def _library(family: str, single: bool) -> dict[str, str]:
+    """Return the metadata of the library that loads the model; hubs know none for BAGEL."""
+    if family == "bagel":
+        return {}
+    return {"library_name": "transformers" if single else "diffusers"}
 
 
 def _use(single: bool) -> list[str]:

@@ -146,7 +146,7 @@ def make_plan(pipeline: Pipeline, family: Family, recipe: Recipe) -> Plan:
                 f"{component.folder / 'config.json'}: is quantized already; give the 16-bit original"
             )
         model = family.build(component)
-        _check_weights(component, family.tensor_shapes(component, model))
+        _check_weights(component, family.tensor_shapes(model), family.foreign)
         components.append(_plan_component(component, family, list(family.linears(component, model)), recipe))
     _check_patterns_match(components, recipe)
     if not any(part.layers for part in components):
@@ -168,9 +168,9 @@ def _choose_components(family: Family, recipe: Recipe) -> list[str]:
     return [name for name in family.blocks if name in chosen]
 
 
-def _check_weights(component: Component, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that the checkpoint holds exactly the tensors of the architecture."""
-    found = {name: info.shape for name, info in component.tensors.items()}
+def _check_weights(component: Component, expected: Mapping[str, tuple[int, ...]], foreign: tuple[str, ...]) -> None:
+    """Check that the checkpoint holds exactly the tensors of the architecture, beside foreign ones."""
+    found = {name: info.shape for name, info in component.tensors.items() if not name.startswith(foreign)}
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise CheckpointError(f"{component.folder}: the weights lack {name}; download the model again")

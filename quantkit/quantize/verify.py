@@ -114,7 +114,7 @@ def _check_structure(component: Component, family: Family, result: Verification)
         if path.suffix == ".safetensors" and is_replaced(component, path) and path not in component.weight_files:
             result.problems.append(f"{path}: belongs to no weights of the component; remove it")
     model = family.build(component)
-    expected = family.tensor_shapes(component, model)
+    expected = family.tensor_shapes(model)
     layers = []
     broken = set()
     for linear in family.linears(component, model):
@@ -135,7 +135,7 @@ def _check_structure(component: Component, family: Family, result: Verification)
             if info is not None and torch_dtype(info.dtype) != dtype:
                 result.problems.append(f"{info.file}: {name}: is {info.dtype}, not {dtype}")
                 broken.add(name)
-    result.problems += _compare_names(component, expected)
+    result.problems += _compare_names(component, expected, family.foreign)
     broken |= {
         name
         for name, shape in expected.items()
@@ -144,8 +144,10 @@ def _check_structure(component: Component, family: Family, result: Verification)
     return [layer for layer in layers if not broken.intersection(layer.tensors)]
 
 
-def _compare_names(component: Component, expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    found = component.tensors
+def _compare_names(
+    component: Component, expected: dict[str, tuple[int, ...]], foreign: tuple[str, ...]
+) -> Iterator[str]:
+    found = {name: info for name, info in component.tensors.items() if not name.startswith(foreign)}
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             yield f"{component.folder}: lacks {name}"

@@ -78,7 +78,7 @@ def tuned(run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning.subprocess, "Popen", start)
         patch.setenv("BAGEL_RECORD", str(folder / "seen.pt"))
-        checkpoint = run(*TUNED, f"calibration.prompts={folder / 'texts.txt'}")
+        checkpoint = run(*TUNED, "calibration.dataset=null", f"calibration.prompts={folder / 'texts.txt'}")
     return checkpoint, torch.load(folder / "seen.pt")
 
 
@@ -128,6 +128,13 @@ def test_the_root_configuration_tells_loaders_what_is_packed(source, rounded):
     assert quantization["block_name_to_quantize"] == BLOCKS
     assert quantization["extra_config"].keys() == DRAWING
     assert {entry["bits"] for entry in quantization["extra_config"].values()} == {16}
+
+
+def test_the_card_says_how_to_load_a_single_model(rounded):
+    card = (rounded / "README.md").read_text()
+    assert "load_model(" in card
+    assert "diffusers" not in card
+    assert "library_name" not in card
 
 
 @torch.no_grad()
@@ -215,7 +222,8 @@ def test_calibration_sees_the_normed_queries_and_keys(source, tuned):
 
 def test_a_recipe_that_names_the_drawing_expert_quantizes_it_too(run, source, tuned, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    checkpoint = run(*TUNED, f'layers.include=["{BLOCKS}.*"]', f"calibration.prompts={tmp_path / 'texts.txt'}")
+    texts = ["calibration.dataset=null", f"calibration.prompts={tmp_path / 'texts.txt'}"]
+    checkpoint = run(*TUNED, *texts, f'layers.include=["{BLOCKS}.*"]')
     assert packed(checkpoint) == UNDERSTANDING | DRAWING
     assert "extra_config" not in json.loads((checkpoint / "config.json").read_text())["quantization_config"]
     before, after = tensors(source), tensors(checkpoint)
@@ -225,6 +233,16 @@ def test_a_recipe_that_names_the_drawing_expert_quantizes_it_too(run, source, tu
             assert torch.equal(after[f"{name}.{suffix}"], tensor), name
     for name in UNDERSTANDING:
         assert torch.equal(after[f"{name}.qweight"], tensors(tuned[0])[f"{name}.qweight"]), name
+
+
+@pytest.mark.timeout(120)
+def test_a_data_set_that_auto_round_reads_calibrates_too(run, source, tmp_path):
+    # auto-round prepares data sets in a fork of its process; it must not wait for a lock of ours.
+    lines = [json.dumps({"text": f"{TEXTS[0]} {TEXTS[1]} {TEXTS[2]}"}) for _ in range(3)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    checkpoint = run(*TUNED, "scheme.seqlen=8", f"calibration.dataset={tmp_path / 'texts.jsonl'}")
+    assert packed(checkpoint) == UNDERSTANDING
+    assert verify(checkpoint, source=source).problems == []
 
 
 def test_the_commands_need_no_option_of_their_own(source, rounded):

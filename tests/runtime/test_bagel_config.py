@@ -30,6 +30,7 @@ FILES = {
         "num_attention_heads": 16,
         "num_hidden_layers": 27,
         "patch_size": 14,
+        "rope": True,
     },
 }
 

@@ -53,9 +53,7 @@ class PublishedComponent(Component):
             return {}
         model = self.family.build(self)
         tensors = {}
-        # A family may take tensors as it finds them, and here there are none to be found.
-        found = Component(self.name, self.library, self.class_name, self.folder)
-        for name, shape in self.family.tensor_shapes(found, model).items():
+        for name, shape in self.family.tensor_shapes(model).items():
             dtype = self._dtype(name)
             nbytes = math.prod(shape) * int(DTYPE_BYTES[dtype])
             tensors[name] = TensorInfo(name, self.folder / "config.json", dtype, shape, nbytes, offset=0)

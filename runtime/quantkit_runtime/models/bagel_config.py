@@ -90,7 +90,8 @@ class BagelConfig:
         text_path, vision_path = folder / "llm_config.json", folder / "vit_config.json"
         text, vision = read_json(text_path), read_json(vision_path)
         _require(text, text_path, {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False})
-        _require(vision, vision_path, {"hidden_act": "gelu_pytorch_tanh", "rope": False})
+        # Not asked for: tie_word_embeddings, qk_norm and rope, which the authors' code sets whatever the files say.
+        _require(vision, vision_path, {"hidden_act": "gelu_pytorch_tanh"})
         vae = root.get("vae_config") or {}
         if not isinstance(vae, Mapping):
             raise CheckpointFormatError(f"{root_path}: vae_config: must be a mapping, not {vae!r}")
