@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component
+from quantkit.checkpoint import Component, read_tensors
 from quantkit.errors import CheckpointError, MissingExtraError
 from quantkit.families.base import Family, Linear
 
@@ -51,11 +51,18 @@ class LanguageFamily(Family):
             raise MissingExtraError("transformers", "quantize") from error
 
     def tensor_shapes(self, component: Component, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor of the checkpoint, each expert's apart."""
-        from quantkit_runtime.names import checkpoint_tensors
+        """Return the shape of every tensor of the checkpoint, each expert's apart.
 
-        del component
-        return {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(model).items()}
+        Buffers that models compute by now may still be in files of earlier releases.
+        """
+        from quantkit_runtime.names import CheckpointNames, checkpoint_tensors
+
+        shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(model).items()}
+        names, buffers = CheckpointNames(model), dict(model.named_buffers())
+        for name in read_tensors(component.folder).keys() - shapes.keys():
+            if (buffer := buffers.get(names.place(name).name)) is not None:
+                shapes[name] = tuple(buffer.shape)
+        return shapes
 
     def linears(self, component: Component, model: torch.nn.Module) -> Iterator[Linear]:
         """Yield every Linear, experts and routers among them."""
