@@ -152,7 +152,9 @@ def build_qwen2_5_omni(folder: Path, *, seed: int = 0) -> Path:
     _shake(model)
     model.thinker.to(torch.bfloat16)
     model.talker.to(torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="1MB")
+    frequencies = "token2wav.code2wav_dit_model.rotary_embed.inv_freq"  # stored by the release that published it
+    state = {**model.state_dict(), frequencies: model.get_buffer(frequencies).clone()}
+    model.save_pretrained(folder, max_shard_size="1MB", state_dict=state)
     _edit(folder, architectures=["Qwen2_5OmniModel"])  # as published: no class of transformers
     speaker = {"cond": torch.randn(1, 16), "ref_mel": torch.randn(1, 12, 8), "bos_token": 93}
     torch.save({"Chelsie": speaker}, folder / "spk_dict.pt")

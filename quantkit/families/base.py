@@ -129,8 +129,14 @@ class Family(ABC):
             CheckpointError: If the configuration does not describe the class.
         """
 
-    def tensor_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor that a 16-bit checkpoint holds, of tied ones the first."""
+    def tensor_shapes(self, component: Component, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor that a 16-bit checkpoint holds, of tied ones the first.
+
+        Args:
+            component: What is checked: releases of a library differ in what they store.
+            model: From `build`.
+        """
+        del component
         first = {name for name, _ in model.named_parameters()}
         tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component
+from quantkit.checkpoint import Component, read_tensors
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
 from quantkit.families.base import Family, Linear
 from quantkit.families.serving import LANGUAGE_MODEL, VllmOmni
@@ -58,11 +58,19 @@ class LanguageFamily(Family):
         except MissingDependencyError as error:
             raise MissingExtraError("transformers", "quantize") from error
 
-    def tensor_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor of the checkpoint, each expert's apart."""
-        from quantkit_runtime.names import checkpoint_tensors
+    def tensor_shapes(self, component: Component, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor of the checkpoint, each expert's apart.
 
-        return {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(model).items()}
+        Buffers that models compute by now may still be in files of earlier releases.
+        """
+        from quantkit_runtime.names import CheckpointNames, checkpoint_tensors
+
+        shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(model).items()}
+        names, buffers = CheckpointNames(model), dict(model.named_buffers())
+        for name in read_tensors(component.folder).keys() - shapes.keys():
+            if (buffer := buffers.get(names.place(name).name)) is not None:
+                shapes[name] = tuple(buffer.shape)
+        return shapes
 
     def linears(self, component: Component, model: torch.nn.Module) -> Iterator[Linear]:
         """Yield every Linear, experts and routers among them."""
@@ -73,7 +81,7 @@ class LanguageFamily(Family):
         blocks = tuple(f"{name}." for name in self.blocks[component.name])
         names = CheckpointNames(model)
         modules = dict(model.named_modules())
-        for tensor, shape in self.tensor_shapes(model).items():
+        for tensor, shape in self.tensor_shapes(component, model).items():
             if len(shape) != 2 or not tensor.endswith(".weight"):
                 continue
             name = tensor.removesuffix(".weight")

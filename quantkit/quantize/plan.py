@@ -146,7 +146,7 @@ def make_plan(pipeline: Pipeline, family: Family, recipe: Recipe) -> Plan:
                 f"{component.folder / 'config.json'}: is quantized already; give the 16-bit original"
             )
         model = family.build(component)
-        _check_weights(component, family.tensor_shapes(model), family.foreign)
+        _check_weights(component, family.tensor_shapes(component, model), family.foreign)
         components.append(_plan_component(component, family, list(family.linears(component, model)), recipe))
     _check_patterns_match(components, recipe)
     if not any(part.layers for part in components):

@@ -114,7 +114,7 @@ def _check_structure(component: Component, family: Family, result: Verification)
         if path.suffix == ".safetensors" and is_replaced(component, path) and path not in component.weight_files:
             result.problems.append(f"{path}: belongs to no weights of the component; remove it")
     model = family.build(component)
-    expected = family.tensor_shapes(model)
+    expected = family.tensor_shapes(component, model)
     layers = []
     broken = set()
     for linear in family.linears(component, model):

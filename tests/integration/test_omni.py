@@ -339,6 +339,24 @@ def test_a_tuned_checkpoint_computes_what_its_weights_say(models, tuned, name):
     assert torch.linalg.vector_norm(found - wanted) < 0.01 * torch.linalg.vector_norm(wanted)
 
 
+def test_a_run_that_fails_goes_on_after_the_last_block_and_ends_with_the_same_bytes(models, run, tuned, tmp_path):
+    keep = 'layers.exclude=["thinker.model.layers.1.self_attn.o_proj"]'
+    prepared = prepare(load_recipe(run.recipe, ("scheme.iters=4", keep)), models["qwen3-omni"])
+
+    def fail(step):
+        if step.stage == "tune" and step.done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(prepared, tmp_path / "out", on_progress=fail)
+    result = quantize(prepared, tmp_path / "out")
+    assert result.tuned.resumed == 1
+    weights = sorted(path.name for path in result.output.glob("*.safetensors"))
+    assert weights
+    for name in weights:
+        assert (result.output / name).read_bytes() == (tuned["qwen3-omni"].output / name).read_bytes(), name
+
+
 def test_a_conversation_that_is_too_long_is_refused_before_a_weight_is_read(models, run):
     with pytest.raises(RecipeError) as caught:
         prepare(load_recipe(run.recipe, ("scheme.iters=1", "scheme.seqlen=8")), models["qwen2.5-omni"])

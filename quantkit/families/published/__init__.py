@@ -53,7 +53,7 @@ class PublishedComponent(Component):
             return {}
         model = self.family.build(self)
         tensors = {}
-        for name, shape in self.family.tensor_shapes(model).items():
+        for name, shape in self.family.tensor_shapes(self, model).items():
             dtype = self._dtype(name)
             nbytes = math.prod(shape) * int(DTYPE_BYTES[dtype])
             tensors[name] = TensorInfo(name, self.folder / "config.json", dtype, shape, nbytes, offset=0)

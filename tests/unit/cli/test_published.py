@@ -64,7 +64,10 @@ def test_a_dry_run_needs_no_weights(run):
 def test_its_table_fits_a_terminal_of_80_columns(run):
     _, output, _ = run("quantize", "-r", "glm-image", "--dry-run")
     assert any(line.startswith("vision_language_encoder  ") for line in output.splitlines())
-    assert max(map(len, output.splitlines())) <= 80
+    table = [
+        line for line in output.splitlines() if not line.startswith("Calibration: ")
+    ]  # a sentence, which wraps
+    assert max(map(len, table)) <= 80
 
 
 def test_a_complete_download_is_planned_as_it_is(run, cached):

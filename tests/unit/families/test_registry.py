@@ -48,7 +48,7 @@ def test_a_wan_pipeline_of_another_kind_is_refused(model):
 
 
 def test_an_unknown_pipeline_is_refused(model):
-    with pytest.raises(UnsupportedModelError, match=r"no family knows AudioPipeline \(known: flux, "):
+    with pytest.raises(UnsupportedModelError, match=r"no family knows AudioPipeline \(known: bagel, flux, "):
         detect(model("AudioPipeline"))
 
 
