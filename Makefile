@@ -7,7 +7,7 @@ OUT ?= out
 # Installed once, and again when what is declared changes.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv demo test test-huge test-gpu lint golden build docs clean
+.PHONY: help venv demo test support test-huge test-huge test-gpu lint golden build docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list.
@@ -28,7 +28,11 @@ demo: $(INSTALLED)  ## Quantize the embedded FLUX, compare it with BF16, write t
 
 test: $(INSTALLED)  ## Run all tests that need no accelerator.
 	# One thread each: threads of two processes on the same cores wait for each other in OpenMP's barriers.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not network and not huge' -n auto $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not network and not huge' -n auto \
+	  --support-matrix check $(PYTEST_ARGS)
+
+support: $(INSTALLED)  ## Run all tests and write docs/support.md from those that pass.
+	$(MAKE) test PYTEST_ARGS='--support-matrix write $(PYTEST_ARGS)'
 
 test-huge: $(INSTALLED)  ## Round a model of 12 GB: 35 GB of disk, some minutes.
 	$(BIN)/python -m pytest -m huge $(PYTEST_ARGS)

@@ -1,17 +1,19 @@
 """The support matrix of the documentation, made from the tests that ran and passed.
 
-A test says what it shows by the marker ``supports(family, what, ...)``, or its parameter does. ``--support-matrix
-write`` writes the page after a whole run, ``check`` fails a run that shows something else than the page says.
+A test says what it shows with the fixture ``shows(family, what, ...)``. ``--support-matrix write`` writes the page
+after a whole run, ``check`` fails a run that shows something else than the page says.
 """
 
 from pathlib import Path
+
+import pytest
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 CAPABILITIES = {
     "plan": "plan at true size",
     "rtn": "rounded",
     "tuned": "tuned",
-    "resume": "resumed after kill -9",
+    "resume": "goes on after a failure",
     "load": "loads, equals the dequantized reference",
     "generate": "generates",
     "compare": "compared with BF16",
@@ -33,12 +35,16 @@ def pytest_addoption(parser):
     parser.addoption("--support-matrix", choices=["write", "check"], help="write or check docs/support.md")
 
 
-def pytest_runtest_setup(item):
-    for marker in item.iter_markers("supports"):
-        family, *shown = marker.args
+@pytest.fixture
+def shows(request):
+    """Record that a family can do something, if the test passes: ``shows("flux", "rtn", "load")``."""
+
+    def record(family, *shown):
         unknown = set(shown) - CAPABILITIES.keys()
-        assert not unknown, f"supports: {unknown} is none of {', '.join(CAPABILITIES)}"
-        item.user_properties += [("supports", f"{family} {what}") for what in shown]
+        assert not unknown, f"{unknown} is none of {', '.join(CAPABILITIES)}"
+        request.node.user_properties += [("shows", f"{family} {what}") for what in shown]
+
+    return record
 
 
 def pytest_sessionfinish(session):
@@ -48,7 +54,7 @@ def pytest_sessionfinish(session):
         return
     shown = set()
     for report in reporter.stats.get("passed", []):
-        shown |= {value for name, value in report.user_properties if name == "supports"}
+        shown |= {value for name, value in report.user_properties if name == "shows"}
     page = render({tuple(entry.split(" ")) for entry in shown})
     if wanted == "write":
         PAGE.write_text(page, encoding="utf-8")
@@ -62,7 +68,7 @@ def render(shown):
     from quantkit.families.registry import family_names
 
     unknown = {family for family, _ in shown} - set(family_names())
-    assert not unknown, f"supports: no such families: {unknown}"
+    assert not unknown, f"no such families: {unknown}"
     rows = [["family", *CAPABILITIES.values()], ["---"] * (len(CAPABILITIES) + 1)]
     rows += [
         [f"`{family}`", *("✓" if (family, what) in shown else "" for what in CAPABILITIES)]

@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from quantkit.cli.console import new_table, output
 from quantkit.cli.models import resolve_model
 from quantkit.cli.progress import Bar
 from quantkit.errors import MissingExtraError, RecipeError
-from quantkit.recipe import LoadedRecipe, find_prompts, find_recipe, load_recipe, read_prompts, recipe_of
-from quantkit.recipe.prompts import Prompt
-from quantkit.recipe.schema import Sampling, Task
 
 if TYPE_CHECKING:
     from quantkit.compare.result import Comparison
     from quantkit.compare.shots import Progress
+    from quantkit.recipe import LoadedRecipe
+    from quantkit.recipe.prompts import Prompt
+    from quantkit.recipe.schema import Sampling, Task
 
 EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 _COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
@@ -131,6 +130,8 @@ def command(
     Writes report.html, result.json and the images or videos. The verdict comes from the recipe's thresholds, else
     from built-in ones; it decides the exit code only with --gate.
     """
+    from quantkit.recipe import find_recipe, load_recipe, recipe_of
+
     candidate_folder = resolve_model(candidate)
     loaded = load_recipe(find_recipe(recipe)) if recipe is not None else recipe_of(candidate_folder)
     if reference is None and loaded is None:
@@ -203,6 +204,10 @@ def _silence_libraries() -> None:
 
 
 def _sampling(**options: Any) -> Sampling:
+    from pydantic import ValidationError
+
+    from quantkit.recipe.schema import Sampling
+
     try:
         return Sampling(**options)
     except ValidationError as error:
@@ -222,6 +227,9 @@ def _label(model: str) -> str:
 def _prompts(
     texts: list[str] | None, image: Path | None, file: str | None, loaded: LoadedRecipe | None
 ) -> tuple[Prompt, ...]:
+    from quantkit.recipe import find_prompts, read_prompts
+    from quantkit.recipe.prompts import Prompt
+
     if texts and file is not None:
         raise RecipeError("--prompt, --prompts: give one of the two")
     if image is not None and not texts:
@@ -258,9 +266,10 @@ def _task(text: str | None, loaded: LoadedRecipe | None) -> Task:
 
 
 def _show(bar: Bar, now: Progress) -> None:
-    steps = max(now.steps, 1)
     what = "loading" if now.shot is None else f"prompt {now.shot.index}, seed {now.shot.seed}"
-    bar("comparing", round(now.done * steps), now.total * steps, f"{now.role}: {what}")
+    if now.steps:
+        what += f", step {now.step} of {now.steps}"
+    bar("comparing", now.done, now.total, f"{now.role}: {what}")
 
 
 def _print_result(result: Comparison, folder: Path) -> None:

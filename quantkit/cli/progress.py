@@ -28,7 +28,7 @@ class Bar:
         self._task: TaskID | None = None
         self._stage = ""
         self._stage_began = 0.0
-        self._done_before = 0
+        self._done_before = 0.0
         self._line_due = 0.0
 
     def __enter__(self) -> Self:
@@ -54,7 +54,7 @@ class Bar:
         if self._rich is not None:
             self._rich.stop()
 
-    def __call__(self, stage: str, done: int, total: int, detail: str = "", result: str = "") -> None:
+    def __call__(self, stage: str, done: float, total: int, detail: str = "", result: str = "") -> None:
         """Show where the run is."""
         now = time.monotonic()
         if stage != self._stage:
@@ -75,7 +75,7 @@ class Bar:
             self._line_due = now + _SECONDS_BETWEEN_LINES
             result = f"{detail}: {result}" if result else ""
             more = "".join(f", {text}" for text in (left, result) if text)
-            errors.print(f"{stage}: {done}/{total} in {_clock(spent)}{more}", highlight=False, soft_wrap=True)
+            errors.print(f"{stage}: {int(done)}/{total} in {_clock(spent)}{more}", highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Say something that stays, above the bar."""

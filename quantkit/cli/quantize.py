@@ -13,7 +13,6 @@ from quantkit.cli.console import gigabytes, output
 from quantkit.cli.models import resolve_for_plan, resolve_model
 from quantkit.cli.plan import print_plan
 from quantkit.cli.progress import Bar
-from quantkit.recipe import find_recipe, load_recipe
 
 if TYPE_CHECKING:
     from quantkit.quantize.memory import CalibrationMemory
@@ -58,6 +57,8 @@ def command(
         # A local path is nobody else's business: the checkpoint records the folder's name.
         name = Path(model).resolve().name if Path(model).is_dir() else model
         given.append(f"model.id={json.dumps(name)}")  # in quotes: a folder may be called 1e5 or null
+    from quantkit.recipe import find_recipe, load_recipe
+
     loaded = load_recipe(find_recipe(recipe), given)
     if dry_run:  # transformers warns of keys that no plan depends on, and reads its level when it is imported
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -96,9 +97,8 @@ def _default_output(model: str, bits: int) -> Path:
 
 def _print_memory(memory: CalibrationMemory) -> None:
     output.print(
-        f"Calibration: {memory.samples} images x {memory.calls} calls cache {gigabytes(memory.cached_nbytes)} of "
-        f"inputs; tuning holds up to {gigabytes(memory.peak_nbytes)}, beside {gigabytes(memory.model_nbytes)} of "
-        "weights",
+        f"Calibration: {memory.samples} images x {memory.calls} calls cache {gigabytes(memory.cached_nbytes)};\n"
+        f"tuning holds up to {gigabytes(memory.peak_nbytes)}, beside {gigabytes(memory.model_nbytes)} of weights",
         highlight=False,
     )
 

@@ -10,7 +10,6 @@ import typer
 
 from quantkit.cli.console import gigabytes, new_table, output
 from quantkit.errors import OutputError, RecipeError
-from quantkit.recipe import find_prompts, find_recipe, list_recipes, load_recipe, read_prompts
 
 app = typer.Typer(no_args_is_help=True, help="List, show, copy and check recipes.")
 
@@ -21,6 +20,7 @@ _Name = Annotated[str, typer.Argument(help="Recipe, by path or by name.")]
 def list_all() -> None:
     """List the recipes that are found by name, with the sizes that their plans predict."""
     from quantkit.families.published import recall_sizes
+    from quantkit.recipe import list_recipes, load_recipe
 
     sizes = ("before", "after")
     table = new_table("", "name", "model", "task", "scheme", "iters", *sizes, right=("iters", *sizes))
@@ -48,6 +48,8 @@ def show(name: _Name) -> None:
     """Print a recipe."""
     from rich.syntax import Syntax
 
+    from quantkit.recipe import find_recipe
+
     path = find_recipe(name)
     output.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
     output.print(Syntax(path.read_text(encoding="utf-8"), "yaml", background_color="default"))
@@ -59,6 +61,8 @@ def copy(
     target: Annotated[Path, typer.Argument(help="File or folder to write.")],
 ) -> None:
     """Copy a recipe, to change it."""
+    from quantkit.recipe import find_recipe
+
     source = find_recipe(name)
     target = target / source.name if target.is_dir() else target
     if target.exists():
@@ -73,9 +77,17 @@ def copy(
 @app.command("validate")
 def validate(name: _Name) -> None:
     """Check a recipe and the prompt files that it names."""
+    from quantkit.families.registry import get_family
+    from quantkit.recipe import find_prompts, find_recipe, load_recipe, read_prompts
+
     path = find_recipe(name)
     recipe = load_recipe(path).recipe
-    for prompts in (recipe.calibration.prompts, recipe.compare.prompts):
-        if prompts is not None:
-            read_prompts(find_prompts(prompts, path))
+    if recipe.calibration.prompts is not None:
+        found = find_prompts(recipe.calibration.prompts, path)
+        if recipe.model.family is None:
+            read_prompts(found)
+        else:
+            get_family(recipe.model.family).read_calibration(found)
+    if recipe.compare.prompts is not None:
+        read_prompts(find_prompts(recipe.compare.prompts, path))
     output.print(f"[green]ok[/] {path}", highlight=False, soft_wrap=True)

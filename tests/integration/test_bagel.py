@@ -138,7 +138,7 @@ def test_the_card_says_how_to_load_a_single_model(rounded):
 
 
 @torch.no_grad()
-def test_a_packed_model_computes_what_its_dequantized_weights_do(source, rounded):
+def test_a_packed_model_computes_what_its_dequantized_weights_do(source, rounded, shows):
     model, reference = load_model(rounded), load_model(source)
     stored = tensors(rounded)
     layers = {name for name, module in model.named_modules() if isinstance(module, W4A16Linear)}
@@ -150,6 +150,7 @@ def test_a_packed_model_computes_what_its_dequantized_weights_do(source, rounded
     expected = reference(ids).float()
     difference = (model(ids).float() - expected).abs().max() / expected.abs().max()
     assert difference < 2**-6
+    shows("bagel", "rtn", "load")
 
 
 @torch.no_grad()
@@ -192,10 +193,11 @@ def test_a_changed_vae_is_found(rounded, source, tmp_path):
     assert any("decoder.conv_in.bias: differs from the source" in problem for problem in problems)
 
 
-def test_tuning_moves_weights_of_the_understanding_expert(rounded, tuned):
+def test_tuning_moves_weights_of_the_understanding_expert(rounded, tuned, shows):
     before, after = tensors(rounded), tensors(tuned[0])
     moved = {name for name in UNDERSTANDING if not torch.equal(before[f"{name}.qweight"], after[f"{name}.qweight"])}
     assert len(moved) > len(UNDERSTANDING) / 2
+    shows("bagel", "tuned")
 
 
 @torch.no_grad()

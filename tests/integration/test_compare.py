@@ -54,13 +54,14 @@ def results(reference, slight, strong, tmp_path_factory):
     }  # fmt: skip
 
 
-def test_a_pipeline_compared_with_itself_is_exactly_equal(results):
+def test_a_pipeline_compared_with_itself_is_exactly_equal(results, shows):
     result = results["reference"]
     assert result.verdict.outcome == "PASS"
     assert {value for item in result.items for value in item.curves["latent_rel_l2"]} == {0.0}
     assert result.metrics["psnr"].value == 100
     assert result.metrics["weight_memory_ratio"].value == 1
     assert max(result.noise_floor.curves["latent_rel_l2"]) == 0
+    shows("flux", "compare")
 
 
 def test_more_perturbed_weights_diverge_more_at_every_step(results):
@@ -86,7 +87,7 @@ def test_what_both_models_take_is_measured(results):
 
 
 @pytest.mark.parametrize("name", ["glm_image", "ovis_image"])
-def test_other_families_of_images_are_compared_without_anything_of_their_own(tiny_model, tmp_path, name):
+def test_other_families_of_images_are_compared_without_anything_of_their_own(tiny_model, tmp_path, name, shows):
     source = tiny_model(name)
     asked = Sampling(height=64, width=64, num_inference_steps=2)
     candidate = perturb(source, tmp_path / "candidate", 0.2)
@@ -95,6 +96,7 @@ def test_other_families_of_images_are_compared_without_anything_of_their_own(tin
     assert max(result.noise_floor.curves["latent_rel_l2"]) == 0
     assert all(value > 0 for value in result.items[0].curves["latent_rel_l2"])
     assert len(result.timesteps) == 2
+    shows(result.family, "compare")
 
 
 @pytest.fixture

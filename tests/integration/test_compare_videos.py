@@ -60,7 +60,7 @@ def results(tiny_model, folder):
     }
 
 
-def test_a_pipeline_compared_with_itself_is_exactly_equal(results):
+def test_a_pipeline_compared_with_itself_is_exactly_equal(results, shows):
     result = results["same"]
     assert result.verdict.outcome == "PASS"
     curves = [item.curves for item in result.items]
@@ -68,6 +68,7 @@ def test_a_pipeline_compared_with_itself_is_exactly_equal(results):
     assert {value for curve in curves for value in curve["frame_psnr"]} == {100.0}
     assert result.metrics["temporal_difference_mae"].value == result.metrics["mae_drift"].value == 0
     assert result.noise_floor.metrics["psnr"] == 100
+    shows("wan2.2-t2v", "compare")
 
 
 def test_each_expert_shows_from_its_own_first_step_on(results):
@@ -148,7 +149,7 @@ def test_a_size_that_the_pipeline_refuses_is_one_clear_error(tiny_model, folder)
     assert not (folder / "refused").exists()
 
 
-def test_a_video_from_a_picture_is_compared_from_the_latents_alone(tiny_model, folder, picture):
+def test_a_video_from_a_picture_is_compared_from_the_latents_alone(tiny_model, folder, picture, shows):
     source = tiny_model("wan_i2v")
     result = compare(
         Request(
@@ -167,6 +168,19 @@ def test_a_video_from_a_picture_is_compared_from_the_latents_alone(tiny_model, f
     kept = folder / "result-i2v" / result.prompts[0].image
     assert kept.read_bytes() == picture.read_bytes()
     assert "starts from this picture" in (folder / "result-i2v" / "report.html").read_text()
+    shows("wan2.2-i2v", "compare")
+
+
+def test_a_video_of_one_transformer_is_compared(tiny_model, folder, shows):
+    source = tiny_model("wan_ti2v")
+    candidate = perturb(source, folder / "ti2v", 0.1, "transformer/*.safetensors")
+    asked = SMALL.model_copy(update={"height": 64, "width": 64})
+    request = Request(
+        source, candidate, PROMPTS[:1], (0,), task="t2v", sampling=(asked,), device="cpu", noise_floor=False
+    )
+    result = compare(request, folder / "result-ti2v")
+    assert all(0 < value < 1 for value in result.items[0].curves["latent_rel_l2"])
+    shows("wan2.2-ti2v", "compare")
 
 
 @pytest.mark.parametrize("name", ["wan_t2v", "wan_i2v", "wan_ti2v"])

@@ -43,6 +43,7 @@ def test_four_bits_pass_even_when_only_rounded(verdict_of):
 
 
 def test_two_bits_fail_even_when_tuned(verdict_of):
+    # Of so few prompts the interval of FLIP is too wide to tell.
     verdict = verdict_of("scheme.bits=2", "scheme.iters=20")
     assert verdict.outcome == "FAIL"
-    assert {row.metric for row in verdict.rows if row.outcome == "FAIL"} >= {"latent_rel_l2", "flip"}
+    assert {row.metric for row in verdict.rows if row.outcome == "FAIL"} >= {"latent_rel_l2", "psnr", "ssim"}

@@ -174,7 +174,7 @@ def test_the_layers_of_the_blocks_are_packed_and_no_others(quantized, tiny_model
 
 @every_family
 @pytest.mark.parametrize("overrides", [(), TUNED], ids=["rounded", "tuned"])
-def test_it_generates_what_the_dequantized_reference_does(quantized, prepared, tiny_model, model, overrides):
+def test_it_generates_what_the_dequantized_reference_does(quantized, prepared, tiny_model, model, overrides, shows):
     run = prepared(model)
     checkpoint = quantized(model, *overrides).output
     expected_pictures, expected = generate(dequantized(tiny_model(model), checkpoint), run)
@@ -186,6 +186,7 @@ def test_it_generates_what_the_dequantized_reference_does(quantized, prepared, t
     assert torch.linalg.vector_norm(fast.float() - expected.float()) < 0.02 * torch.linalg.vector_norm(
         expected.float()
     )
+    shows(CASES[model].family, "tuned" if overrides else "rtn", "load", "generate")
 
 
 @every_family
@@ -342,7 +343,7 @@ def test_a_data_set_that_autoround_reads_brings_its_pictures(quantized, recipes,
     assert verify(result.output, source=tiny_model("wan_i2v")).problems == []
 
 
-def test_a_run_killed_in_the_second_expert_goes_on_there(quantized, prepared, tmp_path, monkeypatch):
+def test_a_run_killed_in_the_second_expert_goes_on_there(quantized, prepared, tmp_path, monkeypatch, shows):
     with monkeypatch.context() as patch:
         killer = Path(__file__).parent / "killer"
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(killer), os.environ.get("PYTHONPATH")))))
@@ -355,6 +356,25 @@ def test_a_run_killed_in_the_second_expert_goes_on_there(quantized, prepared, tm
         weights = f"{name}/diffusion_pytorch_model.safetensors"
         uninterrupted = quantized("wan_t2v", *TUNED).output / weights
         assert (resumed.output / weights).read_bytes() == uninterrupted.read_bytes()
+    shows("wan2.2-t2v", "resume")
+
+
+@pytest.mark.parametrize("model", [model for model in CASES if model != "wan_t2v"])
+def test_a_run_that_fails_goes_on_after_the_last_block(quantized, prepared, tmp_path, model, shows):
+    def fail(step):
+        if step.stage == "tune" and step.done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(prepared(model, *TUNED), tmp_path / "out", on_progress=fail)
+    resumed = quantize(prepared(model, *TUNED), tmp_path / "out")
+    assert resumed.tuned.resumed == 1
+    uninterrupted = quantized(model, *TUNED).output
+    weights = [path.relative_to(resumed.output) for path in resumed.output.rglob("*.safetensors")]
+    assert weights
+    for path in weights:
+        assert (resumed.output / path).read_bytes() == (uninterrupted / path).read_bytes(), path
+    shows(CASES[model].family, "resume")
 
 
 def test_the_autoregressive_stage_is_packed_on_request(quantized, prepared, tiny_model):

@@ -7,17 +7,23 @@ from pathlib import Path
 import pytest
 import tiny_omni
 import torch
+from PIL import Image
 
 import quantkit_runtime
 from quantkit.checkpoint import open_pipeline
+from quantkit.compare.request import Request
+from quantkit.compare.run import compare
 from quantkit.errors import RecipeError
 from quantkit.families.registry import detect
+from quantkit.inspect.servability import check_servability
 from quantkit.quantize.plan import make_plan
 from quantkit.quantize.run import prepare, quantize
 from quantkit.quantize.tensors import read_tensor
 from quantkit.quantize.verify import verify
 from quantkit.recipe import load_recipe
 from quantkit.recipe.locate import find_prompts
+from quantkit.recipe.prompts import Prompt
+from quantkit.recipe.schema import Sampling
 from quantkit_runtime import W4A16Experts, W4A16Linear
 from quantkit_runtime.config import QuantizationConfig
 from quantkit_runtime.errors import CheckpointFormatError
@@ -189,7 +195,7 @@ def test_a_changed_speaker_file_fails_the_verification(models, rounded, tmp_path
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
-def test_text_image_and_audio_give_the_dequantized_models_logits(models, rounded, name):
+def test_text_image_and_audio_give_the_dequantized_models_logits(models, rounded, name, shows):
     reference = dequantized(models[name], rounded[name])
     packed = quantkit_runtime.load_model(rounded[name], backend="reference")
     inputs = inputs_of(models[name], 3)
@@ -200,6 +206,7 @@ def test_text_image_and_audio_give_the_dequantized_models_logits(models, rounded
     assert error < 0.01  # fused experts sum in another order; the rest is bit-equal
     if name == "qwen2.5-omni":
         assert torch.equal(found, wanted)
+    shows(name, "rtn", "load")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -237,7 +244,7 @@ def test_the_state_of_a_loaded_model_is_the_checkpoints(rounded, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_it_writes_text(models, rounded, name):
+def test_it_writes_text(models, rounded, name, shows):
     packed = quantkit_runtime.load_model(rounded[name])
     inputs = inputs_of(models[name], 3)
     options = {"thinker_max_new_tokens": 6, "thinker_do_sample": False, "thinker_eos_token_id": -1}
@@ -246,6 +253,29 @@ def test_it_writes_text(models, rounded, name):
     if name == "qwen2.5-omni":
         same = dequantized(models[name], rounded[name]).generate(**inputs, generation_mode="text", **options)
         assert torch.equal(written, same)
+    shows(name, "generate")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_can_be_served(rounded, name, shows):
+    for target in ("vllm-omni", "transformers"):
+        found = check_servability(rounded[name], target)
+        assert [finding for finding in found if finding.severity == "error"] == []
+    shows(name, "vllm-omni", "transformers")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_to_text_and_picture_are_compared_with_the_reference(models, rounded, name, tmp_path, shows):
+    picture = tmp_path / "square.png"
+    Image.new("RGB", (56, 56), "red").save(picture)
+    prompts = (Prompt("What is in this picture?", str(picture)), Prompt("Count to three."))
+    asked = Sampling(max_new_tokens=6)
+    request = Request(models[name], rounded[name], prompts, (0,), task="chat", sampling=(asked,), device="cpu")
+    result = compare(request, tmp_path / "result")
+    assert result.family == name
+    assert result.noise_floor.metrics["token_agreement"] == 1
+    assert all(0 <= item.metrics["token_agreement"] <= 1 < 1 + item.metrics["token_kl"] for item in result.items)
+    shows(name, "compare")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -332,16 +362,20 @@ def test_tuning_reads_conversations_and_changes_the_planned_layers_alone(models,
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
-def test_a_tuned_checkpoint_computes_what_its_weights_say(models, tuned, name):
+def test_a_tuned_checkpoint_computes_what_its_weights_say(models, tuned, name, shows):
     inputs = inputs_of(models[name], 5)
     wanted = dequantized(models[name], tuned[name].output).thinker(**inputs).logits.float()
     found = quantkit_runtime.load_model(tuned[name].output, backend="reference").thinker(**inputs).logits.float()
     assert torch.linalg.vector_norm(found - wanted) < 0.01 * torch.linalg.vector_norm(wanted)
+    shows(name, "tuned")
 
 
-def test_a_run_that_fails_goes_on_after_the_last_block_and_ends_with_the_same_bytes(models, run, tuned, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_that_fails_goes_on_after_the_last_block_and_ends_with_the_same_bytes(
+    models, run, tuned, tmp_path, family, shows
+):
     keep = 'layers.exclude=["thinker.model.layers.1.self_attn.o_proj"]'
-    prepared = prepare(load_recipe(run.recipe, ("scheme.iters=4", keep)), models["qwen3-omni"])
+    prepared = prepare(load_recipe(run.recipe, ("scheme.iters=4", keep)), models[family])
 
     def fail(step):
         if step.stage == "tune" and step.done == 1:
@@ -354,7 +388,8 @@ def test_a_run_that_fails_goes_on_after_the_last_block_and_ends_with_the_same_by
     weights = sorted(path.name for path in result.output.glob("*.safetensors"))
     assert weights
     for name in weights:
-        assert (result.output / name).read_bytes() == (tuned["qwen3-omni"].output / name).read_bytes(), name
+        assert (result.output / name).read_bytes() == (tuned[family].output / name).read_bytes(), name
+    shows(family, "resume")
 
 
 def test_a_conversation_that_is_too_long_is_refused_before_a_weight_is_read(models, run):

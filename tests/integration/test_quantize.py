@@ -167,7 +167,7 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else_is_left(quantize_tiny,
 
 @pytest.mark.parametrize("overrides", [(), TUNED], ids=["rtn", "tuned"])
 def test_a_checkpoint_draws_what_its_dequantized_weights_draw(
-    overrides, rtn_checkpoint, tuned_checkpoint, flux_model
+    overrides, rtn_checkpoint, tuned_checkpoint, flux_model, shows
 ):
     from quantkit_runtime import load_pipeline
     from quantkit_runtime.format import dequantize
@@ -184,6 +184,7 @@ def test_a_checkpoint_draws_what_its_dequantized_weights_draw(
     candidate = load_pipeline(checkpoint, device="cpu", dtype=torch.float32)
     latents = [draw(pipeline) for pipeline in (reference, candidate)]
     torch.testing.assert_close(latents[0], latents[1], rtol=1e-3, atol=1e-3)
+    shows("flux", "tuned" if overrides else "rtn", "load", "generate")
 
 
 def draw(pipeline):

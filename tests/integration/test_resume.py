@@ -55,7 +55,9 @@ def weight_hashes(folder):
     return {str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*.safetensors"))}
 
 
-def test_a_run_that_is_killed_twice_ends_with_the_bytes_of_one_that_is_not(quantize, uninterrupted, tmp_path):
+def test_a_run_that_is_killed_twice_ends_with_the_bytes_of_one_that_is_not(
+    quantize, uninterrupted, tmp_path, shows
+):
     folder = tmp_path / ".out.resume"
     first = quantize(how="0:after:self")
     assert "its process ended with code -9, perhaps out of memory on cpu; lower scheme.nsamples" in first.error
@@ -75,6 +77,7 @@ def test_a_run_that_is_killed_twice_ends_with_the_bytes_of_one_that_is_not(quant
     assert third.result.tuned.losses == uninterrupted.tuned.losses
     assert third.result.tuned.resumed == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    shows("flux", "resume")
 
 
 def test_a_changed_recipe_starts_over_and_a_full_disk_is_named(quantize, tmp_path):

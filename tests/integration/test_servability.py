@@ -50,7 +50,7 @@ def errors_of(checkpoint):
     }
 
 
-def test_the_embedded_model_quantized_can_be_served(tmp_path):
+def test_the_embedded_model_quantized_can_be_served(tmp_path, shows):
     import quantkit.demo
     from quantkit.quantize.run import prepare, quantize
     from quantkit.recipe import find_recipe, load_recipe
@@ -58,6 +58,7 @@ def test_the_embedded_model_quantized_can_be_served(tmp_path):
     loaded = load_recipe(find_recipe("demo-flux"), ["scheme.iters=0"])
     result = quantize(prepare(loaded, quantkit.demo.path()), tmp_path / "out")
     assert errors_of(result.output) == {"vllm-omni": [], "diffusers": []}
+    shows("flux", "vllm-omni", "diffusers")
 
 
 FAMILIES = {
@@ -88,11 +89,13 @@ def quantize_family(tiny_model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_quantkit_writes_of_a_family_can_be_served(quantize_family, name):
-    errors = errors_of(quantize_family(name).output)
+def test_what_quantkit_writes_of_a_family_can_be_served(quantize_family, name, shows):
+    result = quantize_family(name)
+    errors = errors_of(result.output)
     assert errors["diffusers"] == []
     unsupported = ["architecture-unsupported"] if name == "ovis_image" else []
     assert [finding.rule for finding in errors["vllm-omni"]] == unsupported
+    shows(result.plan.family, *(target for target, found in errors.items() if not found))
 
 
 def test_a_quantized_language_model_inside_a_pipeline_is_a_warning_for_vllm_omni(quantize_family):

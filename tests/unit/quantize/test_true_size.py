@@ -116,11 +116,12 @@ def test_predictions_come_out_where_others_published_sizes(
     assert part.nbytes_after / unit == pytest.approx(after[0], rel=after[1])
 
 
-def test_sizes_json_holds_what_the_plans_predict(golden):
+def test_sizes_json_holds_what_the_plans_predict(golden, shows):
     entries = []
     for path in RECIPES.values():
         loaded = load_recipe(path)
         plan = predict(loaded)
+        shows(plan.family, "plan")
         entry = {"of": size_key(loaded.recipe), "before": plan.nbytes_before, "after": plan.nbytes_after}
         if entry not in entries:
             entries.append(entry)
