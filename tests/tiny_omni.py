@@ -150,6 +150,7 @@ def build_qwen2_5_omni(folder: Path, *, seed: int = 0) -> Path:
     )  # fmt: skip
     model = Qwen2_5OmniForConditionalGeneration(config)
     _shake(model)
+    _never_write(model, ids.values())
     model.thinker.to(torch.bfloat16)
     model.talker.to(torch.bfloat16)
     frequencies = "token2wav.code2wav_dit_model.rotary_embed.inv_freq"  # stored by the release that published it
@@ -225,8 +226,15 @@ def build_qwen3_omni(folder: Path, *, seed: int = 0) -> Path:
     )  # fmt: skip
     model = Qwen3OmniMoeForConditionalGeneration(config)
     _shake(model)
+    _never_write(model, ids.values())
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="1MB")
     return folder
+
+
+def _never_write(model, tokens):
+    """Give tokens that stand for pictures and sounds a logit of 0, so that no answer holds one."""
+    with torch.no_grad():
+        model.thinker.lm_head.weight[list(tokens)] = 0
 
 
 def _shake(model: torch.nn.Module) -> None:
