@@ -27,7 +27,7 @@ def test_layer_and_loader_import_no_optional_library():
 
 
 def test_the_public_names_are_pinned():
-    assert quantkit_runtime.__all__ == ["W4A16Linear", "__version__", "load_model", "load_pipeline"]
+    assert quantkit_runtime.__all__ == ["W4A16Experts", "W4A16Linear", "__version__", "load_model", "load_pipeline"]
     assert all(hasattr(quantkit_runtime, name) for name in quantkit_runtime.__all__)
 
 
