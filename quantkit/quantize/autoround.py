@@ -266,7 +266,9 @@ def _keep_blocks(
         if follower.refusal is not None:  # now, not hours later
             raise _Gone(follower.refusal)
         index, name = next(indices), block_ctx.block_name
-        component = next(key for key, module in components.items() if module is block_ctx.model)
+        component = next((key for key, module in components.items() if module is block_ctx.model), None)
+        if component is None:
+            raise _Gone(f"{name} is in no component of the plan")
         layers = {layer: scheme for layer, scheme in job.layers[component].items() if layer.startswith(f"{name}.")}
         if index < kept:
             tuned, tensors = blocks.read(index)

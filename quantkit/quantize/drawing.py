@@ -35,8 +35,11 @@ def expose(pipe: Any, component: str, family: DiffusionFamily, prompts: Sequence
             super().__init__()
             self.register_modules(transformer=transformer)
 
+        def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+            pipe.enable_model_cpu_offload(*args, **kwargs)
+
         def __call__(self, indices: list[int], **_given: Any) -> None:
-            move_others(self.device)
+            move_others(job.devices[0])
             for index in indices:
                 generator = torch.Generator("cpu").manual_seed(job.noise_seed + index)
                 kwargs = family.prompt_kwargs(prompts[index])
@@ -44,7 +47,9 @@ def expose(pipe: Any, component: str, family: DiffusionFamily, prompts: Sequence
             if indices[-1] == job.nsamples - 1:
                 move_others("cpu")  # tuning needs the room
 
-    def move_others(device: Any) -> None:
+    def move_others(device: str) -> None:
+        if job.cache_on_host:  # then auto-round has parts moved as they are called, see enable_model_cpu_offload
+            return
         for name, part in pipe.components.items():
             if name != component and isinstance(part, torch.nn.Module):
                 part.to(device)

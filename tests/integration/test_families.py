@@ -1,6 +1,7 @@
 """Every diffusion family on tiny random models of its own classes: quantize, verify, load, generate."""
 
 import json
+import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -341,14 +342,19 @@ def test_a_data_set_that_autoround_reads_brings_its_pictures(quantized, recipes,
     assert verify(result.output, source=tiny_model("wan_i2v")).problems == []
 
 
-def test_a_data_set_that_is_too_small_is_refused(prepared, recipes, tmp_path):
-    captions = recipes["wan_i2v"].parent / "captions.tsv"
-    run = prepared(
-        "wan_t2v", *TUNED, "scheme.nsamples=3", "calibration.prompts=null", f"calibration.dataset={captions}"
-    )
-    with pytest.raises(QuantizationError, match=r"holds 2 prompts, scheme\.nsamples asks for 3"):
-        quantize(run, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_a_run_killed_in_the_second_expert_goes_on_there(quantized, prepared, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        killer = Path(__file__).parent / "killer"
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(killer), os.environ.get("PYTHONPATH")))))
+        patch.setenv("QUANTKIT_TEST_KILL", "2:after:self")
+        with pytest.raises(QuantizationError, match="its process ended with code -9"):
+            quantize(prepared("wan_t2v", *TUNED), tmp_path / "out")
+    resumed = quantize(prepared("wan_t2v", *TUNED), tmp_path / "out")
+    assert resumed.tuned.resumed == 3
+    for name in ("transformer", "transformer_2"):
+        weights = f"{name}/diffusion_pytorch_model.safetensors"
+        uninterrupted = quantized("wan_t2v", *TUNED).output / weights
+        assert (resumed.output / weights).read_bytes() == uninterrupted.read_bytes()
 
 
 def test_the_autoregressive_stage_is_packed_on_request(quantized, prepared, tiny_model):
