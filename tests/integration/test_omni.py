@@ -1,10 +1,14 @@
 """Qwen2.5-Omni and Qwen3-Omni, tiny and random: quantize, verify, load, compute, write text."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import servability_peer
 import tiny_omni
 import torch
 from PIL import Image
@@ -262,6 +266,19 @@ def test_it_can_be_served(rounded, name, shows):
         found = check_servability(rounded[name], target)
         assert [finding for finding in found if finding.severity == "error"] == []
     shows(name, "vllm-omni", "transformers")
+
+
+@torch.inference_mode()
+def test_transformers_computes_what_our_runtime_does(models, rounded, tmp_path):
+    class_name = "Qwen2_5OmniForConditionalGeneration"
+    inputs = inputs_of(models["qwen2.5-omni"], 3)
+    torch.save(inputs, tmp_path / f"{class_name}.pt")
+    peer = [sys.executable, servability_peer.__file__, "thinker", rounded["qwen2.5-omni"]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    subprocess.run([*peer, tmp_path / f"{class_name}.pt", tmp_path / "out.pt"], check=True, env=environment)
+    theirs = torch.load(tmp_path / "out.pt").float()
+    ours = quantkit_runtime.load_model(rounded["qwen2.5-omni"]).thinker(**inputs).logits.float()
+    assert torch.linalg.vector_norm(ours - theirs) < 0.02 * torch.linalg.vector_norm(theirs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import servability_peer
 import torch
 from breakable import Breakable
+from servability_peer import draw
 
 from quantkit.inspect.servability import check_natural_targets, check_servability
-from quantkit_runtime import load_model
+from quantkit_runtime import load_model, load_pipeline
 
-PEER = Path(__file__).parent / "servability_peer.py"
+PEER = Path(servability_peer.__file__)
 CLOSE = 0.02  # auto-round's CPU kernel multiplies scales in half precision
 BLOCK = "transformer_blocks.0"
 # A fused group kept in 16 bit, another in 8 bits, single layers of both kinds.
@@ -86,6 +88,28 @@ def quantize_family(tiny_model, tmp_path_factory):
         return quantize(prepare(load_recipe(folder / "recipe.yaml", overrides), tiny_model(name)), folder / "out")
 
     return run
+
+
+VIDEO = {"num_frames": 5, "guidance_scale": 3.0}
+DRAWN = {
+    "wan_t2v": {**VIDEO, "height": 32, "width": 32},
+    "wan_ti2v": {**VIDEO, "height": 64, "width": 64},
+    "glm_image": {"height": 64, "width": 64},
+    "ovis_image": {"height": 32, "width": 32},
+}
+
+
+def test_diffusers_draws_what_our_runtime_does_with_every_family(quantize_family, tmp_path):
+    jobs = {
+        name: (str(quantize_family(name).output), {"prompt": "a red circle", "num_inference_steps": 2, **arguments})
+        for name, arguments in DRAWN.items()
+    }
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    run_peer("pipelines", tmp_path / "jobs.json", tmp_path / "out.pt")
+    theirs = torch.load(tmp_path / "out.pt")
+    for name, (folder, arguments) in jobs.items():
+        ours = draw(load_pipeline(folder, dtype=torch.bfloat16), arguments)
+        assert distance(ours, theirs[name]) < CLOSE, name
 
 
 @pytest.mark.parametrize("name", FAMILIES)
