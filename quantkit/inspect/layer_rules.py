@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from quantkit.inspect.metadata_rules import MOVED_BLOCKS
-from quantkit.inspect.quantized import PACKED_SUFFIXES, QuantizedModel
+from quantkit.inspect.quantized import PACKED_SUFFIXES, Checkpoint, QuantizedModel
 from quantkit.inspect.rule import Breach, each_model
 
 if TYPE_CHECKING:
@@ -243,13 +243,12 @@ def float32_modules(model: QuantizedModel) -> Iterator[Breach]:
             yield Breach(name, what, "load with quantkit-runtime")
 
 
-@each_model
-def fused_experts(model: QuantizedModel) -> Iterator[Breach]:
+def fused_experts(checkpoint: Checkpoint) -> Iterator[Breach]:
     """No 16-bit experts wait to be fused: beside packed layers transformers drops the conversion that does it."""
-    for layer in model.unpacked:
-        if ".experts." in layer:
-            what = "is a 16-bit expert; transformers leaves it uninitialised beside packed layers"
-            yield Breach(layer, what, "load with quantkit-runtime or vLLM-Omni")
+    for name in checkpoint.tensors:
+        if ".experts." in name and name.endswith(".weight"):
+            what = "is of a 16-bit expert; transformers leaves it uninitialised beside packed layers"
+            yield Breach(name, what, "load with quantkit-runtime or vLLM-Omni")
 
 
 def _fused(model: QuantizedModel) -> dict[str, list[str]]:

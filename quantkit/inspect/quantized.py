@@ -141,6 +141,7 @@ class Checkpoint:
         components: Every component of a pipeline by name; empty in transformers' layout.
         damage: One line for each file or component that is missing or damaged.
         misplaced: Every ``quantization_config`` that stands where no loader looks, by file and key.
+        tensors: Every tensor in transformers' layout, of stages that are not quantized, too; empty for a pipeline.
     """
 
     folder: Path
@@ -151,6 +152,7 @@ class Checkpoint:
     components: Mapping[str, Component] = field(default_factory=dict)
     damage: tuple[str, ...] = ()
     misplaced: tuple[str, ...] = ()
+    tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -236,7 +238,7 @@ def _open_model(folder: Path) -> Checkpoint:
             )
         )
     misplaced = tuple(f"{path}: {key}" for key in found if key not in read and key != KEY)
-    return Checkpoint(folder, "transformers", architecture, engine, tuple(models), {}, damage, misplaced)
+    return Checkpoint(folder, "transformers", architecture, engine, tuple(models), {}, damage, misplaced, tensors)
 
 
 def _find_metadata(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
