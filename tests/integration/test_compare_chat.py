@@ -114,8 +114,8 @@ def test_a_model_without_a_chat_template_gets_the_text_as_it_is(reference, folde
     plain = build_chat(folder / "plain", template=False)
     templated, bare = (FAMILY.load_processor(path) for path in (reference, plain))
     prompt = Prompt("a red circle")
-    assert templated.decode(FAMILY.inputs(templated, prompt)["input_ids"][0]).startswith("<|user|>")
-    assert bare.decode(FAMILY.inputs(bare, prompt)["input_ids"][0]) == "a red circle"
+    assert templated.decode(FAMILY.ask(templated, prompt)["input_ids"][0]).startswith("<|user|>")
+    assert bare.decode(FAMILY.ask(bare, prompt)["input_ids"][0]) == "a red circle"
 
 
 def test_logits_that_are_not_finite_fail_and_are_never_scored(run, reference, folder):
