@@ -97,7 +97,7 @@ def _default_output(model: str, bits: int) -> Path:
 
 def _print_memory(memory: CalibrationMemory) -> None:
     output.print(
-        f"Calibration: {memory.samples} images x {memory.calls} calls cache {gigabytes(memory.cached_nbytes)};\n"
+        f"Calibration: {memory.samples} samples x {memory.calls} calls cache {gigabytes(memory.cached_nbytes)};\n"
         f"tuning holds up to {gigabytes(memory.peak_nbytes)}, beside {gigabytes(memory.model_nbytes)} of weights",
         highlight=False,
     )

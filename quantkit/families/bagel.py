@@ -7,11 +7,11 @@ image, which adds up its errors, and text does not calibrate it: it stays in 16 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component
+from quantkit.checkpoint import Component, read_json
 from quantkit.errors import CheckpointError, UnsupportedModelError
 from quantkit.families.base import Linear
 from quantkit.families.language import LanguageFamily
@@ -47,6 +47,10 @@ class BagelFamily(LanguageFamily):
                 yield replace(linear, keep_reason="of the drawing expert", optional=True)
             else:
                 yield linear
+
+    def text_config(self, component: Component) -> Mapping[str, Any]:
+        """Return that of the decoder, see `LanguageFamily.text_config`."""
+        return read_json(component.folder / "llm_config.json")
 
     def writer(self, model: Any) -> Any:
         """Refuse: nothing here writes with BAGEL yet."""

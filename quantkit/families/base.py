@@ -120,6 +120,23 @@ class Family(ABC):
         """Return the keyword arguments of a call that samples, without prompt, generator and callback."""
         return dict(sampling.given())
 
+    def count_block_inputs(
+        self, pipeline: Pipeline, component: str, sampling: Sampling, max_tokens: int
+    ) -> BlockInputs | None:
+        """Return how large the inputs of a component's blocks are, from configurations alone.
+
+        Args:
+            pipeline: The source.
+            component: Name of the component.
+            sampling: Complete, of the calibration.
+            max_tokens: Of a sample that is text.
+
+        Returns:
+            None if the family cannot tell.
+        """
+        del max_tokens
+        return None if self.block_inputs is None else self.block_inputs(pipeline, component, sampling)
+
     @abstractmethod
     def build(self, component: Component) -> torch.nn.Module:
         """Build the component's architecture on the meta device, from its configuration alone.

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component, read_tensors
+from quantkit.checkpoint import Component, Pipeline, read_tensors
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
-from quantkit.families.base import Family, Linear
+from quantkit.families.base import BlockInputs, Family, Linear
 from quantkit.families.serving import LANGUAGE_MODEL, VllmOmni
 from quantkit.recipe.prompts import Prompt
+from quantkit.recipe.schema import Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +108,24 @@ class LanguageFamily(Family):
                 parent = parent[key]
             parent["quantization_config"] = dict(quantization)
         return config
+
+    def text_config(self, component: Component) -> Mapping[str, Any]:
+        """Return the configuration of the language model, by default the model's."""
+        return component.config
+
+    def count_block_inputs(
+        self, pipeline: Pipeline, component: str, sampling: Sampling, max_tokens: int
+    ) -> BlockInputs | None:
+        """Count as many tokens as a sample may have, see `Family.count_block_inputs`."""
+        del sampling
+        config = self.text_config(pipeline.components[component])
+        width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        if not width or not heads:
+            return None
+        rotary_embedding = 2 * (config.get("head_dim") or width // heads)  # cosine and sine
+        return BlockInputs(
+            calls=1, passed_nbytes=2 * max_tokens * width, shared_nbytes=2 * max_tokens * rotary_embedding
+        )
 
     def text_model(self, model: Any) -> torch.nn.Module:
         """Return the part of a loaded model that reads text, its modules named as in the whole; by default all."""

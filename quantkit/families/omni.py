@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint import Component
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
 from quantkit.families.language import LanguageFamily
 from quantkit.recipe.conversations import Conversation, read_conversations, user_message
@@ -24,6 +26,11 @@ THINKER_SECTION = "thinker_config.text_config"
 @dataclass(frozen=True)
 class OmniFamily(LanguageFamily):
     """A family of a thinker, which is quantized, and a talker, which is not."""
+
+    def text_config(self, component: Component) -> Mapping[str, Any]:
+        """Return the thinker's, see `LanguageFamily.text_config`."""
+        found: Mapping[str, Any] = component.config.get("thinker_config", {}).get("text_config", {})
+        return found
 
     def text_model(self, model: Any) -> torch.nn.Module:
         """Return the thinker, see `LanguageFamily.text_model`."""

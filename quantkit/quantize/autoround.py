@@ -69,6 +69,7 @@ def _run(job: Job, blocks: TunedBlocks, emit: Emit, follower: Follower) -> None:
     emit("progress", stage="load", done=1, total=1, detail=job.source)
     # auto-round collects garbage dozens of times; what is loaded by now need not be walked each time.
     gc.freeze()
+    _report_calibration(emit)
     if isinstance(family, LanguageFamily):
         _tune_language_model(model, family, job, blocks, emit, follower)
     elif isinstance(family, DiffusionFamily):
@@ -89,7 +90,6 @@ def _tune_pipeline(
 
     for class_name, outputs in family.block_outputs.items():
         register_diffusion_output(class_name, list(outputs))
-    _report_calibration(emit)
     _keep_blocks({name: getattr(pipe, name) for name in job.layers}, job, blocks, emit, follower)
     for component in job.layers:
         _tune(
@@ -196,16 +196,19 @@ def _download_prompts(job: Job, family: DiffusionFamily) -> list[Prompt]:
 
 def _report_calibration(emit: Emit) -> None:
     """Make auto-round report each calibration image, and how much it has collected in the end."""
-    from auto_round.calibration import diffusion
+    from auto_round.calibration import diffusion, llm, mllm
 
     diffusion.tqdm = silent_bar(lambda done, total: emit("progress", stage="calibrate", done=done, total=total))
-    collect = diffusion.DiffusionCalibrator.calib
+    for calibrator_class in (diffusion.DiffusionCalibrator, llm.LLMCalibrator, mllm.MLLMCalibrator):
+        calibrator_class.calib = _reporting(calibrator_class.calib, emit)
 
+
+def _reporting(collect: Callable[..., None], emit: Emit) -> Callable[..., None]:
     def collect_and_count(calibrator: Any, nsamples: int, batch_size: int) -> None:
         collect(calibrator, nsamples, batch_size)
         emit("cached", nbytes=_count_bytes(calibrator.inputs))
 
-    diffusion.DiffusionCalibrator.calib = collect_and_count
+    return collect_and_count
 
 
 def _count_bytes(values: Any) -> int:

@@ -24,8 +24,8 @@ class CalibrationMemory:
     """What tuning keeps in memory.
 
     Attributes:
-        samples: Calibration images.
-        calls: Runs of the component per image: denoising steps times guidance branches.
+        samples: Calibration images, videos, texts or conversations.
+        calls: Runs of the component per sample: denoising steps times guidance branches.
         cached_nbytes: Inputs of the first block of every module list, all of them, as auto-round collects them.
         peak_nbytes: Those, and what goes through the block that is being tuned.
         model_nbytes: The 16-bit weights of the whole pipeline.
@@ -42,7 +42,7 @@ def estimate_memory(plan: Plan, family: Family, recipe: Recipe) -> CalibrationMe
     """Estimate the memory of a tuned run.
 
     auto-round keeps the inputs of the first block of each module list, for every call of the component by every
-    calibration image; the inputs of later blocks replace those of earlier ones. Components are tuned one after the
+    calibration sample; the inputs of later blocks replace those of earlier ones. Components are tuned one after the
     other, so the largest counts.
 
     Returns:
@@ -52,12 +52,12 @@ def estimate_memory(plan: Plan, family: Family, recipe: Recipe) -> CalibrationMe
         RecipeError: If a component would get no inputs at all.
     """
     sampling = family.sampling_for(recipe.sampling, recipe.calibration)
-    samples = recipe.scheme.nsamples
-    if family.block_inputs is None:
-        return None
+    samples, max_tokens = recipe.scheme.nsamples, recipe.scheme.seqlen
     largest: CalibrationMemory | None = None
     for part in plan.components:
-        inputs = family.block_inputs(plan.pipeline, part.component.name, sampling)
+        inputs = family.count_block_inputs(plan.pipeline, part.component.name, sampling, max_tokens)
+        if inputs is None:
+            return None
         if inputs.calls == 0:
             raise RecipeError(
                 f"calibration.num_inference_steps: {sampling.num_inference_steps} leaves {part.component.name} "
@@ -105,7 +105,7 @@ def check_memory(memory: CalibrationMemory, keys: Sequence[str], *, cache_on_hos
     need = memory.model_nbytes + (memory.peak_nbytes if cache_on_host else memory.cached_nbytes)
     if available is not None and need > available:
         raise QuantizationError(
-            f"calibration needs about {need / 1e9:.1f} GB of memory for {memory.samples} images x {memory.calls} "
+            f"calibration needs about {need / 1e9:.1f} GB of memory for {memory.samples} samples x {memory.calls} "
             f"calls, {available / 1e9:.1f} GB are available; lower {' or '.join(keys)}"
         )
 

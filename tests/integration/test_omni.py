@@ -412,6 +412,14 @@ def test_a_run_that_fails_goes_on_after_the_last_block_and_ends_with_the_same_by
     shows(family, "resume")
 
 
+def test_calibration_caches_what_was_estimated_for_samples_of_full_length(models, run, tmp_path):
+    (tmp_path / "long.txt").write_text("\n".join(["many words " * 40] * 6))
+    overrides = ("scheme.iters=1", "scheme.seqlen=64", f"calibration.prompts={tmp_path / 'long.txt'}")
+    prepared = prepare(load_recipe(run.recipe, overrides), models["qwen2.5-omni"])
+    result = quantize(prepared, tmp_path / "out")
+    assert result.tuned.cached_nbytes == pytest.approx(prepared.memory.cached_nbytes, rel=0.1)
+
+
 def test_a_conversation_that_is_too_long_is_refused_before_a_weight_is_read(models, run):
     with pytest.raises(RecipeError) as caught:
         prepare(load_recipe(run.recipe, ("scheme.iters=1", "scheme.seqlen=8")), models["qwen2.5-omni"])

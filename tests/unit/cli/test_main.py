@@ -192,7 +192,7 @@ def test_a_dry_run_prints_the_memory_that_calibration_will_take(run, flux_model,
         "quantize", "-r", quantize_tiny.recipe, "-m", flux_model, "--dry-run", "--set", "scheme.iters=1"
     )
     assert code == 0
-    assert "Calibration: 2 images x 2 calls cache 0.33 MB;\ntuning holds up to 0.58 MB" in output
+    assert "Calibration: 2 samples x 2 calls cache 0.33 MB;\ntuning holds up to 0.58 MB" in output
 
 
 @pytest.mark.parametrize("name", ["123", "1e5", "null", "a: b", "yes", "[x]"])

@@ -34,7 +34,7 @@ def test_a_run_that_does_not_fit_says_what_to_lower_before_it_does_anything(prep
     monkeypatch.setattr(memory, "available_memory", lambda: 1_000_000)
     with pytest.raises(
         QuantizationError,
-        match=r"calibration needs about 0\.0 GB of memory for 2 images x 4 calls, 0\.0 GB are available; lower "
+        match=r"calibration needs about 0\.0 GB of memory for 2 samples x 4 calls, 0\.0 GB are available; lower "
         r"scheme\.nsamples or calibration\.num_inference_steps or calibration\.true_cfg_scale or "
         r"calibration\.height or calibration\.width or calibration\.max_sequence_length",
     ):
