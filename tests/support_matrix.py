@@ -71,7 +71,7 @@ def render(shown):
     assert not unknown, f"no such families: {unknown}"
     rows = [["family", *CAPABILITIES.values()], ["---"] * (len(CAPABILITIES) + 1)]
     rows += [
-        [f"`{family}`", *("✓" if (family, what) in shown else "" for what in CAPABILITIES)]
+        [f"`{family}`", *("✓" if (family, what) in shown else " " for what in CAPABILITIES)]
         for family in family_names()
     ]
-    return HEAD + "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in rows)
+    return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -12,6 +12,7 @@ import torch
 from breakable import Breakable
 from servability_peer import draw
 
+from quantkit.families.registry import get_family
 from quantkit.inspect.servability import check_natural_targets, check_servability
 from quantkit_runtime import load_model, load_pipeline
 
@@ -65,6 +66,7 @@ def test_the_embedded_model_quantized_can_be_served(tmp_path, shows):
 
 FAMILIES = {
     "wan_t2v": "wan2.2-t2v",
+    "wan_i2v": "wan2.2-i2v",
     "wan_ti2v": "wan2.2-ti2v",
     "glm_image": "glm-image",
     "ovis_image": "ovis-image",
@@ -80,7 +82,7 @@ def quantize_family(tiny_model, tmp_path_factory):
     def run(name, *overrides):
         folder = tmp_path_factory.mktemp(name)
         family = FAMILIES[name]
-        task = "t2v" if "wan" in name else "t2i"
+        task = get_family(family).task
         (folder / "recipe.yaml").write_text(
             f"version: 1\nmodel: {{id: tiny, family: {family}, task: {task}}}\n"
             "scheme: {group_size: 32, iters: 0}\n"
