@@ -42,7 +42,9 @@ def command(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key.path=value on top of the recipe; repeatable.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="Where to tune: auto, cpu, cuda, cuda:1 ...")] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", help="Where to tune: auto, cpu, cuda:1, cuda:0,cuda:1 ...")
+    ] = "auto",
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on after the blocks that a failed run has tuned.")
     ] = True,

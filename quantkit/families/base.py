@@ -80,6 +80,7 @@ class Family(ABC):
             the source, the component's name and complete sampling keys: count the tokens of image and text,
             multiply by the width of the blocks. Tuning keeps these inputs in memory (`quantkit.quantize.memory`);
             the runs of a family without it are not checked for memory.
+        several_devices: Whether auto-round spreads the layers of a block over several devices while it tunes it.
         vllm_omni: How vLLM-Omni names and shards the Linears that are quantized; None if that is not known.
     """
 
@@ -93,6 +94,7 @@ class Family(ABC):
     kept: Mapping[str, str] = field(default_factory=dict)
     block_outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     block_inputs: Callable[[Pipeline, str, Sampling], BlockInputs] | None = None
+    several_devices: bool = False
     vllm_omni: VllmOmni | None = None
 
     def engine_of(self, component: Component) -> VllmOmni | None:

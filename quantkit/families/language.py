@@ -34,6 +34,7 @@ class LanguageFamily(Family):
             ``quantization_config``, beside the top level, e.g. ``("thinker_config.text_config",)``.
     """
 
+    several_devices: bool = True
     vllm_omni: VllmOmni | None = LANGUAGE_MODEL
     config_sections: tuple[str, ...] = ()
 

@@ -152,7 +152,7 @@ def quantize(
     if plan.pipeline.folder.resolve().is_relative_to(output.resolve()):
         raise OutputError(f"{output}: holds the model that is to be quantized; give another --output")
     devices = resolve_devices(device)
-    if len(devices) > 1:
+    if len(devices) > 1 and not prepared.family.several_devices:
         raise RecipeError(
             f"--device: auto-round tunes a {prepared.family.name} model on one device; give one of them"
         )

@@ -17,7 +17,7 @@ import quantkit_runtime
 from quantkit.checkpoint import open_pipeline
 from quantkit.compare.request import Request
 from quantkit.compare.run import compare
-from quantkit.errors import RecipeError
+from quantkit.errors import QuantizationError, RecipeError
 from quantkit.families.registry import detect
 from quantkit.inspect.servability import check_servability
 from quantkit.quantize.plan import make_plan
@@ -410,6 +410,20 @@ def test_a_run_that_fails_goes_on_after_the_last_block_and_ends_with_the_same_by
     for name in weights:
         assert (result.output / name).read_bytes() == (tuned[family].output / name).read_bytes(), name
     shows(family, "resume")
+
+
+def test_auto_round_is_told_of_all_devices(models, run, tmp_path, monkeypatch):
+    import quantkit.quantize.run as module
+
+    def refuse(job, *_rest):
+        raise QuantizationError(",".join(job.devices))
+
+    monkeypatch.setattr(module, "resolve_devices", lambda text: tuple(text.split(",")))
+    monkeypatch.setattr(module, "cache_fits", lambda *_: False)
+    monkeypatch.setattr(module, "tune", refuse)
+    prepared = prepare(load_recipe(run.recipe, ("scheme.iters=1",)), models["qwen2.5-omni"])
+    with pytest.raises(QuantizationError, match=r"^cuda:0,cuda:1$"):
+        quantize(prepared, tmp_path / "out", device="cuda:0,cuda:1")
 
 
 def test_calibration_caches_what_was_estimated_for_samples_of_full_length(models, run, tmp_path):
