@@ -175,7 +175,7 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], piece: memoryvie
 def quantkit(folder: Path, *arguments: str) -> dict[str, float]:
     """Run the command line; return the most memory it ever held and the processor time of all its threads."""
     noted = folder / "noted"
-    subprocess.run([sys.executable, "-c", MEASURED, noted, *arguments], check=True, stdout=sys.stderr)
+    subprocess.run([sys.executable, "-c", MEASURED, noted, *arguments], check=True, stdout=2)
     return json.loads(noted.read_text())
 
 
