@@ -9,7 +9,7 @@ import pytest
 # tests/tiny is imported by name; --import-mode=importlib adds no folder to the path by itself.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from support_matrix import pytest_addoption, pytest_sessionfinish, shows  # noqa: F401
+from support_matrix import pytest_addoption, pytest_sessionfinish, shows  # noqa: F401  (pytest finds hooks and fixtures here)
 
 GOLDEN = Path(__file__).parent / "golden"
 

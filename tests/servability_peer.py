@@ -59,7 +59,7 @@ def language_model(model, work, inputs_path, output):
 
 
 def pipelines(jobs_path, output):
-    import auto_round  # noqa: F401
+    import auto_round  # noqa: F401  (diffusers' loader needs it)
     import diffusers
 
     results = {}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.checkpoint import Component, read_json
 from quantkit.errors import CheckpointError, UnsupportedModelError
 from quantkit.families.base import Linear
-from quantkit.families.language import LanguageFamily
+from quantkit.families.language import LanguageFamily, bare_model
 from quantkit.families.serving import LANGUAGE_MODEL
 from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling
@@ -61,7 +61,10 @@ class BagelFamily(LanguageFamily):
 
     def text_model(self, model: Any) -> torch.nn.Module:
         """Return the decoder, see `LanguageFamily.text_model`."""
-        return _text_model(model)
+        # auto-round masks the last token; a causal decoder needs no mask for a text that is not padded.
+        return bare_model(
+            "language_model", model.language_model, lambda inputs: model.language_model(inputs["input_ids"])
+        )
 
     def tokenize(self, processor: Any, sample: Prompt, max_tokens: int) -> dict[str, torch.Tensor]:
         """Put a text between BAGEL's marks of begin and end, see `LanguageFamily.tokenize`."""
@@ -70,36 +73,6 @@ class BagelFamily(LanguageFamily):
         begin, end = processor.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
         tokens = processor(sample.text, add_special_tokens=False, truncation=True, max_length=max_tokens - 2)
         return {"input_ids": torch.tensor([[begin, *tokens["input_ids"], end]])}
-
-
-def _text_model(bagel: Any) -> torch.nn.Module:
-    import torch
-    from transformers import PretrainedConfig
-
-    class TextModel(torch.nn.Module):
-        """The decoder alone, with what auto-round asks of a model."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.language_model = bagel.language_model
-            # Without a model_type: at that of BAGEL auto-round follows rules of its own instead of the plan.
-            self.config = PretrainedConfig()
-            self.name_or_path = ""
-
-        @property
-        def device(self) -> torch.device:
-            return next(self.parameters()).device
-
-        @property
-        def dtype(self) -> torch.dtype:
-            return next(self.parameters()).dtype
-
-        def forward(self, input_ids: torch.Tensor, **_masks: Any) -> torch.Tensor:
-            # auto-round masks the last token; a causal decoder needs no mask for a text that is not padded.
-            result: torch.Tensor = self.language_model(input_ids)
-            return result
-
-    return TextModel()
 
 
 BAGEL = BagelFamily(

@@ -217,7 +217,7 @@ class DiffusionFamily(Family):
                 f"{self.name} starts from a picture, and the prompt '{prompt.text}' has none; name one in a column "
                 "'image' of the prompt file"
             )
-        return {"prompt": prompt.text, "image": _read_image(prompt.image)}
+        return {"prompt": prompt.text, "image": read_image(prompt.image)}
 
     def check_calibration(self, folder: Path, samples: Sequence[Prompt], max_tokens: int) -> None:
         """Read the pictures that prompts start from, see `Family.check_calibration`."""
@@ -275,8 +275,12 @@ class DiffusionFamily(Family):
         return load_pipeline(folder, device="cpu", dtype=dtype)
 
 
-def _read_image(path: str) -> Any:
-    """Return a picture as RGB."""
+def read_image(path: str) -> Any:
+    """Return a picture as RGB.
+
+    Raises:
+        RecipeError: If the file cannot be read as one.
+    """
     try:
         from PIL import Image
     except ImportError as error:

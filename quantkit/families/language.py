@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,3 +191,37 @@ class LanguageFamily(Family):
         from quantkit_runtime import load_model
 
         return load_model(folder, device="cpu", dtype=dtype)
+
+
+def bare_model(name: str, module: torch.nn.Module, read: Callable[[dict[str, Any]], Any]) -> torch.nn.Module:
+    """Return a part of a model under its name in the whole, with what auto-round asks of a model.
+
+    It has no model_type: at those that it knows, auto-round follows rules of its own instead of the plan.
+
+    Args:
+        name: Of the part.
+        module: The part.
+        read: Calls it with the inputs of `LanguageFamily.tokenize`.
+    """
+    import torch
+    from transformers import PretrainedConfig
+
+    class Bare(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(name, module)
+            self.config = PretrainedConfig()
+            self.name_or_path = ""
+
+        @property
+        def device(self) -> torch.device:
+            return next(self.parameters()).device
+
+        @property
+        def dtype(self) -> torch.dtype:
+            return next(self.parameters()).dtype
+
+        def forward(self, **inputs: Any) -> Any:
+            return read(inputs)
+
+    return Bare()

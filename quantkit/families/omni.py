@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Component
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
-from quantkit.families.language import LanguageFamily
+from quantkit.families.base import read_image
+from quantkit.families.language import LanguageFamily, bare_model
 from quantkit.recipe.conversations import Conversation, read_conversations, user_message
 from quantkit.recipe.prompts import Prompt
 
@@ -95,7 +96,7 @@ def _read(processor: Any, conversation: Conversation, *, answer: bool) -> tuple[
         RecipeError: If a file cannot be read.
     """
     parts = [part for message in conversation for part in message["content"]]
-    images = [_read_image(part["image"]) for part in parts if part["type"] == "image"]
+    images = [read_image(part["image"]) for part in parts if part["type"] == "image"]
     rate = processor.feature_extractor.sampling_rate
     audio = [_read_audio(part["audio"], rate) for part in parts if part["type"] == "audio"]
     inputs = processor(
@@ -108,34 +109,11 @@ def _read(processor: Any, conversation: Conversation, *, answer: bool) -> tuple[
 
 
 def _thinker(model: Any) -> torch.nn.Module:
-    import torch
-    from transformers import PretrainedConfig
-
-    class Thinker(torch.nn.Module):
-        """The thinker alone under its name in the whole model, with what auto-round asks of a model."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.thinker = model.thinker
-            # Named by no model_type: auto-round would look for blocks where transformers had them before 5.21.
-            self.config = PretrainedConfig()
-            self.name_or_path = ""
-
-        @property
-        def device(self) -> torch.device:
-            return next(self.parameters()).device
-
-        @property
-        def dtype(self) -> torch.dtype:
-            return next(self.parameters()).dtype
-
-        def forward(self, **inputs: Any) -> Any:
-            return self.thinker(**{**inputs, "use_cache": False})
-
+    """Return the thinker alone; auto-round would look for its blocks where transformers had them before 5.21."""
     for module in list(model.thinker.modules()):
         if hasattr(getattr(module, "experts", None), "gate_up_proj"):
             module.experts = _separate(module.experts)
-    return Thinker()
+    return bare_model("thinker", model.thinker, lambda inputs: model.thinker(**{**inputs, "use_cache": False}))
 
 
 def _separate(fused: Any) -> torch.nn.Module:
@@ -175,18 +153,6 @@ def _separate(fused: Any) -> torch.nn.Module:
     return experts
 
 
-def _read_image(path: str) -> Any:
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise MissingExtraError("pillow", "quantize") from error
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise RecipeError(f"calibration.prompts: {path}: is no image that can be read: {error}") from error
-
-
 def _read_audio(path: str, rate: int) -> numpy.ndarray[Any, Any]:
     """Read a mono or stereo WAV file of 16-bit samples as float32 in [-1, 1]."""
     import wave
@@ -199,10 +165,10 @@ def _read_audio(path: str, rate: int) -> numpy.ndarray[Any, Any]:
             channels = file.getnchannels()
             samples = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2" if layout[1] == 2 else "u1")
     except (OSError, EOFError, wave.Error) as error:
-        raise RecipeError(f"calibration.prompts: {path}: is no WAV file that can be read: {error}") from error
+        raise RecipeError(f"{path}: is no WAV file that can be read: {error}") from error
     if layout != (rate, 2):
         raise RecipeError(
-            f"calibration.prompts: {path}: has {layout[0]} samples a second of {8 * layout[1]} bits; convert it to "
+            f"{path}: has {layout[0]} samples a second of {8 * layout[1]} bits; convert it to "
             f"{rate} of 16 bits (ffmpeg -i IN -ar {rate} -c:a pcm_s16le OUT.wav)"
         )
     mono: numpy.ndarray[Any, Any] = samples.reshape(-1, channels).mean(axis=1, dtype=np.float32) / 32768

@@ -99,9 +99,9 @@ I2V = replace(
     sampling=Sampling(height=480, width=832, guidance_scale=3.5, guidance_scale_2=3.5).over(T2V.sampling),
 )
 
-TI2V = DiffusionFamily(
+TI2V = replace(
+    T2V,
     name="wan2.2-ti2v",
-    task="t2v",
     blocks={"transformer": ("blocks",)},
     sampling=Sampling(
         height=704,
@@ -112,7 +112,4 @@ TI2V = DiffusionFamily(
         negative_prompt="",
         max_sequence_length=512,
     ),
-    kept=_KEPT,
-    vllm_omni=_VLLM_OMNI,
-    block_inputs=_block_inputs,
 )

@@ -30,7 +30,7 @@ def expose(pipe: Any, component: str, family: DiffusionFamily, prompts: Sequence
     import torch
     from diffusers import DiffusionPipeline
 
-    class Exposed(DiffusionPipeline):  # type: ignore[misc]
+    class Exposed(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no types
         def __init__(self, transformer: torch.nn.Module) -> None:
             super().__init__()
             self.register_modules(transformer=transformer)

@@ -46,7 +46,7 @@ def silent_bar(on_update: Callable[[int, int], None]) -> type:
     """Return a progress bar class that only tells of each update; auto-round has no callback of its own."""
     from tqdm import tqdm
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "file": io.StringIO()})
 

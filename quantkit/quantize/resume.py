@@ -91,7 +91,7 @@ class TunedBlocks:
         with safe_open(self.files[index], framework="pt") as handle:
             fields = json.loads(handle.metadata()["block"])
             prefix = f"{fields['component']}/"
-            tensors = {name.removeprefix(prefix): handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            tensors = {name.removeprefix(prefix): handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - no mapping
         loss = fields.pop("loss")
         return TunedBlock(loss=loss if loss is None else tuple(loss), **fields), tensors
 

@@ -461,7 +461,7 @@ def test_a_picture_that_is_none_is_refused(models, tmp_path):
     path.write_text("no picture")
     family = detect(models["qwen2.5-omni"])
     sample = [{"role": "user", "content": [{"type": "image", "image": str(path)}]}]
-    with pytest.raises(RecipeError, match=r"note.png: is no image that can be read"):
+    with pytest.raises(RecipeError, match=r"note.png: is no picture"):
         family.tokenize(family.load_processor(models["qwen2.5-omni"]), sample, 512)
 
 

@@ -139,8 +139,8 @@ def test_work_that_has_not_begun_is_dropped_when_one_fails():
 
     def fail(number):
         begun.append(number)
-        raise ValueError
+        raise ValueError("stop")
 
-    with pytest.raises(ValueError), open_threads() as threads:  # noqa: PT011
+    with pytest.raises(ValueError, match=r"^stop$"), open_threads() as threads:
         list(threads.map(fail, range(1000)))
     assert len(begun) < 1000
