@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.format import PACKED_SUFFIXES, packed_tensors
-from quantkit_runtime.kernels import ExpertsSpec, backends, resolve
+from quantkit_runtime.kernels import Backend, ExpertsKernel, ExpertsSpec, backends, resolve
 from quantkit_runtime.packed import PackedLayer
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -35,7 +35,8 @@ class W4A16Experts(PackedLayer):
     ================  =======  =================  =================================================
 
     ``state_dict()`` gives the checkpoint's own tensors, ``<expert>.gate_proj.qweight`` and so on, as views into
-    these buffers; `load_state_dict` takes them.
+    these buffers; `load_state_dict` takes them. A backend that wants the codes in another order repacks the
+    ``qweight`` in their place (`quantkit_runtime.packed`); then those that ``state_dict()`` gives are copies.
 
     Args:
         num_experts: E.
@@ -92,8 +93,9 @@ class W4A16Experts(PackedLayer):
         return out
 
     def packed(self, name: str) -> dict[str, Tensor]:
-        """Return the stacks of ``gate_up`` or ``down`` by suffix."""
-        return {suffix: self.get_buffer(f"{name}_{suffix}") for suffix in PACKED_SUFFIXES}
+        """Return the stacks of ``gate_up`` or ``down`` by suffix, in the checkpoint's layout."""
+        codes = f"{name}_qweight"
+        return {**self._running(name), "qweight": self._stored(codes, self._codes()[codes])}
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""
@@ -104,7 +106,13 @@ class W4A16Experts(PackedLayer):
             f"sym={scheme.sym}, backend={self.backend}"
         )
 
-    def _choose(self, dtype: torch.dtype, compute: str, backend: str) -> tuple[str, Any]:
+    def _running(self, name: str) -> dict[str, Tensor]:
+        return {suffix: self.get_buffer(f"{name}_{suffix}") for suffix in PACKED_SUFFIXES}
+
+    def _codes(self) -> dict[str, int]:
+        return {"gate_up_qweight": self.hidden_size, "down_qweight": self.intermediate_size}
+
+    def _resolve(self, dtype: torch.dtype, compute: str, backend: str) -> tuple[Backend, ExpertsSpec]:
         spec = ExpertsSpec(
             self.num_experts,
             self.hidden_size,
@@ -117,8 +125,11 @@ class W4A16Experts(PackedLayer):
         )
         if backend not in {known.name for known in backends("experts")}:
             backend = "auto"  # one that has kernels for Linear layers only
-        chosen = resolve("experts", spec, backend)
-        return chosen.name, chosen.prepare(spec, self.packed("gate_up"), self.packed("down"))
+        return resolve("experts", spec, backend), spec
+
+    def _make_kernel(self, backend: Backend, spec: ExpertsSpec) -> ExpertsKernel:
+        kernel: ExpertsKernel = backend.prepare(spec, self._running("gate_up"), self._running("down"))
+        return kernel
 
     def _views(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the checkpoint by name, as a view into the buffers."""
@@ -144,6 +155,7 @@ class W4A16Experts(PackedLayer):
         error_msgs: list[str],
     ) -> None:
         del local_metadata
+        self._arrange("stored")
         views = {prefix + name: view for name, view in self._views()}
         for name, view in views.items():
             if name not in state_dict:

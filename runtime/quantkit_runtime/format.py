@@ -50,10 +50,12 @@ __all__ = [
     "Scheme",
     "dequantize",
     "pack",
+    "pack_codes",
     "packed_tensors",
     "quantize_rtn",
     "rtn_grid",
     "unpack",
+    "unpack_codes",
     "unpack_zeros",
 ]
 
@@ -140,12 +142,25 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) ->
             raise CheckpointFormatError(f"{name}: values outside [0, {limit}]")
     zeros = (zeros.to(torch.int32) - offset).clamp_(min=0)
     if _is_awq(scheme):
-        qweight = pack_words(reorder(codes.t(), _AWQ_STORED_ORDER), scheme.bits)
-        qzeros = pack_words(reorder(zeros, _AWQ_STORED_ORDER), scheme.bits)
-    else:
-        qweight = pack_words(codes, scheme.bits).t().contiguous()
-        qzeros = pack_words(zeros, scheme.bits)
-    return {"qweight": qweight, "qzeros": qzeros, "scales": scales.contiguous()}
+        zeros = reorder(zeros, _AWQ_STORED_ORDER)
+    return {
+        "qweight": pack_codes(codes, scheme),
+        "qzeros": pack_words(zeros, scheme.bits),
+        "scales": scales.contiguous(),
+    }
+
+
+def pack_codes(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Pack codes (N, K) alone, without checks: the ``qweight`` of :func:`pack`."""
+    if _is_awq(scheme):
+        return pack_words(reorder(codes.t(), _AWQ_STORED_ORDER), scheme.bits)
+    return pack_words(codes, scheme.bits).t().contiguous()
+
+
+def unpack_codes(qweight: Tensor, scheme: Scheme) -> Tensor:
+    """Inverse of :func:`pack_codes`: codes (N, K) uint8."""
+    per_word = WORD_BITS // scheme.bits if _is_awq(scheme) else 1
+    return _unpack_codes(qweight, scheme, slice(0, qweight.shape[1] * per_word))
 
 
 def unpack(

@@ -7,16 +7,17 @@ from torch import Tensor
 
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.format import packed_tensors
-from quantkit_runtime.kernels import LinearKernel, LinearSpec, resolve
+from quantkit_runtime.kernels import Backend, LinearKernel, LinearSpec, resolve
 from quantkit_runtime.packed import PackedLayer
 
 
 class W4A16Linear(PackedLayer):
     """``y = x @ W.T + bias`` with W stored in a few bits, for inference.
 
-    The buffers are the checkpoint's tensors, bit for bit and for as long as the layer lives, whatever a kernel
-    backend keeps beside them: ``state_dict()`` always equals the file. With K = in_features, N = out_features,
-    g = group length and the default 4-bit gptq packing:
+    ``state_dict()`` and `packed` give the checkpoint's tensors, bit for bit, for as long as the layer lives; so do
+    the buffers, until a backend that wants another order repacks ``qweight`` in its place, see
+    `quantkit_runtime.packed`. With K = in_features, N = out_features, g = group length and the default 4-bit gptq
+    packing:
 
     =======  =======  =============  ====================================
     buffer   dtype    shape          content
@@ -73,7 +74,7 @@ class W4A16Linear(PackedLayer):
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors of the weight by name, as :func:`quantkit_runtime.format.unpack` takes them."""
-        return {"qweight": self.qweight, "qzeros": self.qzeros, "scales": self.scales}
+        return {**self._running(), "qweight": self._stored("qweight", self.in_features)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -98,7 +99,16 @@ class W4A16Linear(PackedLayer):
             f"bits={scheme.bits}, group_size={scheme.group_size}, sym={scheme.sym}, backend={self.backend}"
         )
 
-    def _choose(self, dtype: torch.dtype, compute: str, backend: str) -> tuple[str, LinearKernel]:
+    def _running(self) -> dict[str, Tensor]:
+        return {"qweight": self.qweight, "qzeros": self.qzeros, "scales": self.scales}
+
+    def _codes(self) -> dict[str, int]:
+        return {"qweight": self.in_features}
+
+    def _resolve(self, dtype: torch.dtype, compute: str, backend: str) -> tuple[Backend, LinearSpec]:
         spec = LinearSpec(self.in_features, self.out_features, self.scheme, self.qweight.device, dtype, compute)
-        chosen = resolve("linear", spec, backend)
-        return chosen.name, chosen.prepare(spec, self.packed(), self.bias)
+        return resolve("linear", spec, backend), spec
+
+    def _make_kernel(self, backend: Backend, spec: LinearSpec) -> LinearKernel:
+        kernel: LinearKernel = backend.prepare(spec, self._running(), self.bias)
+        return kernel

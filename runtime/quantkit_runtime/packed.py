@@ -9,27 +9,42 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from quantkit_runtime.config import Scheme
 from quantkit_runtime.errors import CheckpointFormatError, QuantkitRuntimeError
-from quantkit_runtime.kernels import resolve_compute
+from quantkit_runtime.kernels import Backend, resolve_compute
+from quantkit_runtime.kernels.tiles import from_tiles, to_tiles
 
 
 class PackedLayer(nn.Module):
     """A layer for inference whose weights stay packed.
 
-    Its buffers are the checkpoint's tensors for as long as it lives, whatever a kernel backend keeps beside them.
+    Its buffers are the checkpoint's tensors. A backend may want the codes in another order; then they are repacked
+    in their place when it is chosen, and what leaves the layer (``state_dict()``, ``packed()``) is repacked on its
+    way.
     ``to(dtype)`` and ``half()`` leave the dtype of every buffer alone: float16 scales do not survive bf16.
     """
 
+    scheme: Scheme
+
     def __init__(self) -> None:
         super().__init__()
+        self._layout = "stored"
         self.backend: str | None = None
         """Name of the backend in use; None until the layer is prepared."""
         self._request: tuple[torch.dtype, str, str] = (torch.bfloat16, "auto", "auto")
         self._kernel: Any = None
 
     @abstractmethod
-    def _choose(self, dtype: torch.dtype, compute: str, backend: str) -> tuple[str, Any]:
-        """Return the name of the backend to use and its kernel."""
+    def _resolve(self, dtype: torch.dtype, compute: str, backend: str) -> tuple[Backend, Any]:
+        """Return the backend to use and the spec that it was chosen for."""
+
+    @abstractmethod
+    def _make_kernel(self, backend: Backend, spec: Any) -> Any:
+        """Let a backend make its kernel from the buffers, which are in its layout."""
+
+    @abstractmethod
+    def _codes(self) -> Mapping[str, int]:
+        """Return the names of the buffers that hold codes, with the input features of the weight."""
 
     def prepare(self, dtype: torch.dtype = torch.bfloat16, *, compute: str = "auto", backend: str = "auto") -> None:
         """Choose the kernel backend and let it repack what it wants.
@@ -51,7 +66,10 @@ class PackedLayer(nn.Module):
                 f"{type(self).__name__}: its weights were never loaded (they are on the meta device)"
             )
         self._request = (dtype, compute, backend)
-        self.backend, self._kernel = self._choose(dtype, resolve_compute(compute), backend)
+        chosen, spec = self._resolve(dtype, resolve_compute(compute), backend)
+        self._reset()
+        self._arrange(chosen.layout)
+        self.backend, self._kernel = chosen.name, self._make_kernel(chosen, spec)
 
     @property
     def extra_bytes(self) -> int:
@@ -74,6 +92,21 @@ class PackedLayer(nn.Module):
         self._kernel = None
         self.backend = None
 
+    def _arrange(self, layout: str) -> None:
+        """Repack the codes."""
+        if layout == self._layout:
+            return
+        for name, in_features in self._codes().items():
+            codes = self.get_buffer(name)
+            tiled = layout == "tiles"
+            setattr(self, name, to_tiles(codes, self.scheme) if tiled else self._stored(name, in_features))
+        self._layout = layout
+
+    def _stored(self, name: str, in_features: int) -> Tensor:
+        """Return a buffer of codes as the checkpoint has it."""
+        codes = self.get_buffer(name)
+        return codes if self._layout == "stored" else from_tiles(codes, self.scheme, in_features)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the buffers, but never change their dtype."""
 
@@ -87,6 +120,12 @@ class PackedLayer(nn.Module):
             self._reset()
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._layout != "stored":
+            destination.update((prefix + name, self._stored(name, size)) for name, size in self._codes().items())
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self._arrange("stored")
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._reset()

@@ -1,6 +1,6 @@
 """Kernel backends. Importing this package registers all of them with :mod:`quantkit_runtime.kernels.dispatch`."""
 
-from quantkit_runtime.kernels import cpu, reference
+from quantkit_runtime.kernels import accelerator, cpu, reference
 from quantkit_runtime.kernels.dispatch import (
     Backend,
     ExpertsKernel,
@@ -20,6 +20,7 @@ __all__ = [
     "ExpertsSpec",
     "LinearKernel",
     "LinearSpec",
+    "accelerator",
     "backends",
     "cpu",
     "reference",

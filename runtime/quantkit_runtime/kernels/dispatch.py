@@ -95,8 +95,8 @@ class ExpertsKernel(Protocol):
 
 # Called with the spec of the operation: LinearSpec for "linear", ExpertsSpec for "experts".
 Requirement = Callable[[Any], str | None]
-# "linear": spec, stored tensors, bias -> LinearKernel.
-# "experts": spec, stored stacks of gate and up, those of down -> ExpertsKernel.
+# "linear": spec, packed tensors, bias -> LinearKernel.
+# "experts": spec, packed stacks of gate and up, those of down -> ExpertsKernel.
 Prepare = Callable[..., Any]
 
 
@@ -109,7 +109,9 @@ class Backend:
         name: Name to ask for it by.
         priority: The highest that can serve a layer is chosen; the reference has 0.
         requirement: Returns None where the backend can serve the layer, else the reason why not.
-        prepare: Makes the kernel from the stored tensors. It must not modify them.
+        prepare: Makes the kernel from the layer's tensors. It must not modify them.
+        layout: What it wants ``qweight`` as: ``"stored"``, as in the checkpoint, or ``"tiles"``, see
+            `quantkit_runtime.kernels.tiles`.
     """
 
     op: str
@@ -117,12 +119,15 @@ class Backend:
     priority: int
     requirement: Requirement
     prepare: Prepare
+    layout: str = "stored"
 
 
 _REGISTRY: dict[tuple[str, str], Backend] = {}
 
 
-def register(op: str, name: str, *, priority: int, requirement: Requirement) -> Callable[[Prepare], Prepare]:
+def register(
+    op: str, name: str, *, priority: int, requirement: Requirement, layout: str = "stored"
+) -> Callable[[Prepare], Prepare]:
     """Register the decorated ``prepare`` function as a backend.
 
     Args:
@@ -130,12 +135,13 @@ def register(op: str, name: str, *, priority: int, requirement: Requirement) -> 
         name: Unique name within the operation.
         priority: See :class:`Backend`.
         requirement: See :class:`Backend`.
+        layout: See :class:`Backend`.
     """
 
     def add(prepare: Prepare) -> Prepare:
         if (op, name) in _REGISTRY:
             raise ValueError(f"backend {name!r} is already registered for {op!r}")
-        _REGISTRY[op, name] = Backend(op, name, priority, requirement, prepare)
+        _REGISTRY[op, name] = Backend(op, name, priority, requirement, prepare, layout)
         return prepare
 
     return add
