@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,6 @@ import measuring
 import random_weights
 from measuring import Budget, Column, Report
 from quantkit_runtime import W4A16Linear
-from quantkit_runtime.errors import QuantkitRuntimeError
 from quantkit_runtime.format import dequantize
 
 VARIANTS = {"bf16": None, "w4a16": "16bit", "fp8": "fp8"}
@@ -97,13 +95,16 @@ def run(architecture: Architecture, cases: Sequence[Case], options: argparse.Nam
     outputs: dict[tuple[bool, Case], Tensor] = {}
     for variant in options.variants:
         compute = VARIANTS[variant]
+        if budget.spent:
+            _skip(report, variant, options.modes, cases, "no time left")
+            continue
         measuring.reset_peak(device)
         budget.log(f"{variant}: making the model")
         try:
             model = _model(architecture, compute, device, options)
-        except (QuantkitRuntimeError, torch.OutOfMemoryError) as error:
+        except Exception as error:  # noqa: BLE001  a variant that fails must not take the others with it
             _skip(report, variant, options.modes, cases, measuring.reason(error))
-            _release(device)
+            measuring.release(device)
             continue
         stored = random_weights.stored_bytes(model) / 1e9
         peak = measuring.peak_bytes(device)
@@ -136,9 +137,9 @@ def run(architecture: Architecture, cases: Sequence[Case], options: argparse.Nam
                     report.add({**row, "note": measuring.reason(error)})
                 else:
                     report.add({**row, "stored_gb": stored, **measured, **_ratios(report.rows, row, measured)})
-                _release(device)
+                measuring.release(device)
         del model
-        _release(device)
+        measuring.release(device)
     report.save()
     return report
 
@@ -195,12 +196,12 @@ def _ratios(rows: list[dict[str, Any]], row: dict[str, Any], measured: dict[str,
     """Return time and peak memory relative to bf16 of the same mode and inputs, if that was measured."""
     alike = ("size", "batch", "mode")
     for other in rows:
-        if other["variant"] == "bf16" != row["variant"] and "median_ms" in other:
-            if all(other[key] == row[key] for key in alike):
-                ratios = {"ratio": measured["time"].median_ms / other["median_ms"]}
-                if other["peak_gb"] is not None:
-                    ratios["peak_ratio"] = measured["peak_gb"] / other["peak_gb"]
-                return ratios
+        if other["variant"] != "bf16" or "median_ms" not in other or any(other[key] != row[key] for key in alike):
+            continue
+        ratios = {"ratio": measured["time"].median_ms / other["median_ms"]}
+        if other["peak_gb"] is not None:
+            ratios["peak_ratio"] = measured["peak_gb"] / other["peak_gb"]
+        return ratios
     return {}
 
 
@@ -237,12 +238,6 @@ def _skip(report: Report, variant: str, modes: Sequence[str], cases: Sequence[Ca
         for case in cases:
             shown = {"size": case.size, "batch": case.batch, "tokens": case.tokens}
             report.add({**shown, "variant": variant, "mode": mode, "note": note})
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()
 
 
 def _chart(rows: list[dict[str, Any]]) -> tuple[str, list[str], dict[str, dict[str, float]]]:

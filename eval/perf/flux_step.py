@@ -25,7 +25,7 @@ MODEL = "black-forest-labs/FLUX.1-dev"
 PIXELS_PER_TOKEN = 16  # the VAE halves three times, the pipeline packs 2 x 2 latents into a token
 TEXT_TOKENS = 512
 TINY = {
-    "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 128,
+    "num_layers": 2, "num_single_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 128,
     "pooled_projection_dim": 64,
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import importlib.metadata
 import json
 import platform
@@ -130,6 +131,14 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Give back what nothing refers to, compiled code included."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
 
 
 def allocated_bytes(device: torch.device) -> int | None:
@@ -298,14 +307,14 @@ def common_options(description: str | None) -> argparse.ArgumentParser:
 
 
 def choices(*known: str) -> Callable[[str], list[str]]:
-    """Return a reader of a comma-separated list of some of the known words."""
+    """Return a reader of a comma-separated list of some of the known words; it gives them in the known order."""
 
     def read(text: str) -> list[str]:
         words = text.split(",")
         unknown = [word for word in words if word not in known]
         if unknown:
             raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(known)}")
-        return words
+        return [word for word in known if word in words]
 
     return read
 

@@ -67,9 +67,9 @@ def line_chart(
         path = "L".join(f"{left:.1f},{top:.1f}" for left, top, _ in dots)
         parts.append(f'<path class="line" stroke="{colour}"{dash} d="M{path}"/>')
         for left, top, position in dots:
-            text = f"{name}, {position}: {line[position]:.4g} {y_label}"
+            text = escape(f"{name}, {position}: {line[position]:.4g} {y_label}")
             parts.append(
-                f'<circle cx="{left:.1f}" cy="{top:.1f}" r="4" fill="{colour}"><title>{escape(text)}</title></circle>'
+                f'<circle cx="{left:.1f}" cy="{top:.1f}" r="4" fill="{colour}"><title>{text}</title></circle>'
             )
         ends.append((dots[-1][1], dots[-1][0], name, colour))
     below = -math.inf

@@ -23,7 +23,7 @@ import measuring
 
 MODEL = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 TEXT_TOKENS = 512
-TINY = {"num_layers": 1, "num_attention_heads": 1, "ffn_dim": 256, "text_dim": 128, "freq_dim": 64}
+TINY = {"num_layers": 2, "num_attention_heads": 1, "ffn_dim": 256, "text_dim": 128, "freq_dim": 64}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
