@@ -1,10 +1,10 @@
 """The experts of Qwen3-Omni-30B-A3B's thinker while it decodes: packed against transformers' own BF16 experts.
 
 A layer of 128 experts, 8 a token, for 1 to 4096 tokens. BF16 runs through each of the implementations that
-transformers dispatches to; the fastest of them is what packed experts are compared with, and the one that transformers
-takes by itself is named. Time is that of a call captured in a CUDA graph, where it can be, else between device events;
-``events`` is the latter in any case, launches and all. Calls go over several layers and routings in turn, so that no
-weight is in the cache::
+transformers dispatches to. Packed experts are compared with the fastest of them; the one that transformers takes by
+itself is named. Time is that of a call captured in a CUDA graph, where it can be, else between device events;
+``events ms`` is the latter in any case, launches and all. Calls go over several layers and routings in turn, so
+that no weight is in the cache::
 
     PYTHONPATH=runtime python eval/perf/qwen_decode.py --output qwen-decode.json --plot qwen-decode.svg
 
@@ -12,7 +12,7 @@ With ``--full`` also tokens per second of the whole text decoder and its head at
 
     PYTHONPATH=runtime python eval/perf/qwen_decode.py --tokens 1 --full --output qwen-full.json
 
-Needs torch and transformers; without ``--full`` 10 GB of device memory, 25 for ``batched_mm`` at 512 tokens.
+Needs torch and transformers; without ``--full`` about 20 GB of device memory.
 """
 
 from __future__ import annotations
@@ -26,25 +26,22 @@ import torch
 from torch import Tensor, nn
 
 import measuring
+import random_experts
 import random_weights
 from measuring import Budget, Column, Report, Timing
-from quantkit_runtime import W4A16Experts
-from quantkit_runtime.config import Scheme
-from quantkit_runtime.errors import QuantkitRuntimeError
-from quantkit_runtime.format import dequantize
 from quantkit_runtime.packed import PackedLayer
 
 MODEL = "Qwen/Qwen3-Omni-30B-A3B-Instruct"
-DTYPE = torch.bfloat16
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
+BF16_DECODER = "grouped_mm"  # the only one that takes many tokens and never waits for the host
 VARIANTS = {"bf16": None, "w4a16": "16bit", "fp8": "fp8"}
 TINY = {
-    "hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2,
-    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 256,
+    "hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128, "num_experts": 8,
+    "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "vocab_size": 256,
 }  # fmt: skip
 _WAITS_FOR_HOST = ("eager", "reference", "cpu")  # looks at the routing on the host, which a graph cannot hold
-_MAX_COPY_BYTES = 30e9  # batched_mm copies the weights of every expert of every token
-_COMPARED_TOKENS = 8
+_MAX_COPY_BYTES = 8e9  # batched_mm copies the weights of every expert of every token
 _SPARE_TOKENS = 512  # room in the cache for the steps that are measured
 
 _COLUMNS = (
@@ -131,11 +128,10 @@ def measure_experts(variant: str, config: Any, options: argparse.Namespace, repo
     implementations = IMPLEMENTATIONS if compute is None else (None,)
     base = {"what": "experts", "variant": variant}
     budget.log(f"{variant}: making {options.layers} layers of experts")
+    make = functools.partial(random_experts.random_experts, config, compute, device, generator, options.backend)
     try:
-        layers = [
-            random_experts(config, compute, device, generator, options.backend) for _ in range(options.layers)
-        ]
-    except (QuantkitRuntimeError, torch.OutOfMemoryError) as error:
+        layers = [make() for _ in range(options.layers)]
+    except Exception as error:  # noqa: BLE001  a variant that fails must not take the others with it
         for tokens in options.tokens:
             report.add({**base, "tokens": tokens, "note": measuring.reason(error)})
         measuring.release(device)
@@ -151,17 +147,19 @@ def measure_experts(variant: str, config: Any, options: argparse.Namespace, repo
             if implementation is not None:
                 config._experts_implementation = implementation
             try:
-                inputs = [routed(config, tokens, device, generator) for _ in layers]
+                inputs = [random_experts.routed(config, tokens, device, generator) for _ in layers]
                 calls = [functools.partial(layer, *each) for layer, each in zip(layers, inputs, strict=True)]
                 measured = clocked(calls, row["implementation"], device, options.row_s)
-                measured["error"] = experts_error(layers[0], inputs[0], calls[0]())
+                measured["error"] = random_experts.error_of(layers[0], inputs[0], calls[0]())
             except Exception as error:  # noqa: BLE001  a row that fails must not take the others with it
                 report.add({**row, "note": measuring.reason(error)})
             else:
-                stored = random_weights.stored_bytes(layers[0])
-                held = measured.pop("held_gb")
-                memory = {"stored_gb": stored / 1e9, "peak_gb": stored / 1e9 + held if held is not None else None}
-                found = {**row, **measured, **memory}
+                stored_gb = random_weights.stored_bytes(layers[0]) / 1e9
+                if measured["peak_gb"] is not None:  # as if this were the only layer
+                    others = sum(random_weights.stored_bytes(layer) for layer in layers[1:])
+                    others += sum(tensor.nbytes for each in inputs for tensor in each)
+                    measured["peak_gb"] -= others / 1e9
+                found = {**row, **measured, "stored_gb": stored_gb}
                 report.add({**found, **against_bf16(report.rows, found)})
             measuring.release(device)
     del layers
@@ -177,57 +175,15 @@ def _why_left_out(row: dict[str, Any], config: Any, budget: Budget) -> str | Non
     return None
 
 
-def random_experts(
-    config: Any, compute: str | None, device: torch.device, generator: torch.Generator, backend: str
-) -> nn.Module:
-    """Make the experts of a layer, transformers' own or packed ones in their place."""
-    from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeThinkerTextExperts
-
-    with torch.device("meta"):
-        experts: nn.Module = Qwen3OmniMoeThinkerTextExperts(config)
-    if compute is not None:
-        return packed_experts(experts, config, compute, device, generator, backend)
-    random_weights.fill(experts, device=device, dtype=DTYPE, generator=generator)
-    return experts
-
-
-def packed_experts(
-    experts: Any, config: Any, compute: str, device: torch.device, generator: torch.Generator, backend: str
-) -> W4A16Experts:
-    """Make packed experts of the shape of transformers' own, random and prepared."""
-    packed = W4A16Experts(
-        config.num_experts,
-        config.hidden_size,
-        config.moe_intermediate_size,
-        scheme=Scheme(),
-        activation=experts.act_fn,
-        device=device,
-    )
-    random_weights.fill_packed(packed, generator)
-    packed.prepare(DTYPE, compute=compute, backend=backend)
-    return packed
-
-
-def routed(
-    config: Any, tokens: int, device: torch.device, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hidden states, the experts of each token and their weights, as a random router gives them."""
-    hidden = torch.randn(tokens, config.hidden_size, dtype=DTYPE, device=device, generator=generator)
-    logits = torch.randn(tokens, config.num_experts, device=device, generator=generator)
-    weights, index = logits.softmax(-1).topk(config.num_experts_per_tok)
-    return hidden, index, (weights / weights.sum(-1, keepdim=True)).to(DTYPE)
-
-
 def clocked(
     calls: Sequence[Callable[[], object]], implementation: str, device: torch.device, seconds: float
 ) -> dict[str, Any]:
     """Time calls by events and, where possible, in a CUDA graph; ``time`` is the latter's if there is one."""
     measuring.warm_up(calls, device)
-    before = measuring.allocated_bytes(device)
     measuring.reset_peak(device)
     events = measuring.time_calls(calls, device, seconds=seconds / 2)
     peak = measuring.peak_bytes(device)
-    found = {"events_ms": events.median_ms, "held_gb": None if before is None else (peak - before) / 1e9}
+    found: dict[str, Any] = {"events_ms": events.median_ms, "peak_gb": None if peak is None else peak / 1e9}
     graph: Timing | None = None
     if device.type == "cuda" and implementation not in _WAITS_FOR_HOST:
         try:
@@ -235,29 +191,6 @@ def clocked(
         except Exception as error:  # noqa: BLE001  whatever a capture may raise
             found["note"] = f"no CUDA graph: {measuring.reason(error)}"
     return {**found, "time": graph or events, "clock": "graph" if graph else "events"}
-
-
-def experts_error(layer: Any, inputs: tuple[Tensor, Tensor, Tensor], out: Any) -> float:
-    """Return the error of the first tokens against float64 with the very weights of the layer."""
-    hidden, index, weights = (tensor[:_COMPARED_TOKENS] for tensor in inputs)
-    exact = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
-    for token in range(len(hidden)):
-        for expert, weight in zip(index[token].tolist(), weights[token].double(), strict=True):
-            gate_up, down = float64_weights(layer, expert)
-            gate, up = (gate_up @ hidden[token].double()).chunk(2)
-            exact[token] += weight * (down @ (nn.functional.silu(gate) * up))
-    return measuring.relative_error(out[:_COMPARED_TOKENS], exact)
-
-
-def float64_weights(layer: Any, expert: int) -> tuple[Tensor, Tensor]:
-    """Return gate and up, and down, of an expert."""
-    if not isinstance(layer, W4A16Experts):
-        return layer.gate_up_proj[expert].double(), layer.down_proj[expert].double()
-    both = []
-    for name in ("gate_up", "down"):
-        tensors = {suffix: stack[expert] for suffix, stack in layer.packed(name).items()}
-        both.append(dequantize(tensors, layer.scheme, torch.float64))
-    return both[0], both[1]
 
 
 def against_bf16(rows: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, float]:
@@ -279,16 +212,16 @@ def against_bf16(rows: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, f
 def measure_decoder(variant: str, config: Any, options: argparse.Namespace, report: Report, budget: Budget) -> None:
     """Measure a step of the whole text decoder and its head, attention and experts packed."""
     device = torch.device(options.device)
-    base = {
-        "what": "decoder",
-        "variant": variant,
-        "implementation": "grouped_mm" if variant == "bf16" else "packed",
-    }
+    implementation = BF16_DECODER if variant == "bf16" else "packed"
+    base = {"what": "decoder", "variant": variant, "implementation": implementation}
+    if budget.spent:
+        report.add({**base, "note": "no time left"})
+        return
     budget.log(f"{variant}: making the decoder")
     measuring.reset_peak(device)
     try:
         decoder = random_decoder(variant, config, options, device)
-    except (QuantkitRuntimeError, torch.OutOfMemoryError) as error:
+    except Exception as error:  # noqa: BLE001  a variant that fails must not take the others with it
         report.add({**base, "note": measuring.reason(error)})
         measuring.release(device)
         return
@@ -305,8 +238,7 @@ def measure_decoder(variant: str, config: Any, options: argparse.Namespace, repo
         except Exception as error:  # noqa: BLE001  a row that fails must not take the others with it
             report.add({**row, "note": measuring.reason(error)})
         else:
-            held = measured.pop("held_gb")
-            found = {**row, **measured, "peak_gb": None if held is None else stored_gb + held}
+            found = {**row, **measured}
             rate = {"tokens_per_s": 1e3 * batch / found["time"].median_ms}
             report.add({**found, **rate, **against_bf16(report.rows, found)})
         measuring.release(device)
@@ -318,7 +250,7 @@ def random_decoder(variant: str, config: Any, options: argparse.Namespace, devic
     """Make decoder and head; the router, norms, embedding and head stay in 16 bit."""
     compute = VARIANTS[variant]
     generator = torch.Generator(device).manual_seed(options.seed)
-    config._experts_implementation = "grouped_mm"
+    config._experts_implementation = BF16_DECODER
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         text = decoder_class()(config)
@@ -330,14 +262,19 @@ def random_decoder(variant: str, config: Any, options: argparse.Namespace, devic
         if compute is None or ".layers." not in name:
             return None
         if name.endswith(".experts"):
-            return packed_experts(module, config, compute, device, generator, options.backend)
+            return random_experts.packed_experts(module, config, compute, device, generator, options.backend)
         if type(module) is nn.Linear:
             return random_weights.packed_linear(
-                module, device=device, dtype=DTYPE, generator=generator, compute=compute, backend=options.backend
+                module,
+                device=device,
+                dtype=random_experts.DTYPE,
+                generator=generator,
+                compute=compute,
+                backend=options.backend,
             )
         return None
 
-    random_weights.fill(decoder, device=device, dtype=DTYPE, generator=generator, replace=replace)
+    random_weights.fill(decoder, device=device, dtype=random_experts.DTYPE, generator=generator, replace=replace)
     return decoder.to(device)
 
 
@@ -355,11 +292,11 @@ def decoding_step(
         logits: Tensor = decoder["head"](hidden[:, -1:])
         return logits
 
-    shape = (batch, options.context)
-    forward(torch.randint(config.vocab_size, shape, device=device, generator=generator))
-    return functools.partial(
-        forward, torch.randint(config.vocab_size, (batch, 1), device=device, generator=generator)
-    )
+    def some(count: int) -> Tensor:
+        return torch.randint(config.vocab_size, (batch, count), device=device, generator=generator)
+
+    forward(some(options.context))
+    return functools.partial(forward, some(1))
 
 
 def _chart(rows: list[dict[str, Any]]) -> tuple[str, list[str], dict[str, dict[str, float]]]:
