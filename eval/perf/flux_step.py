@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text_tokens = 16 if options.tiny else TEXT_TOKENS
     cases = [
         denoising.Case(
-            f"{size} x {size}",
+            f"{size}²",
             batch,
             (size // PIXELS_PER_TOKEN) ** 2,
             functools.partial(step_inputs, config, size // PIXELS_PER_TOKEN, text_tokens, batch),
