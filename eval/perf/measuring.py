@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,47 @@ def time_graph(
     replays = time_calls([graph.replay], device, seconds=seconds, most=most)
     share = 1 / len(calls)
     return Timing(replays.median_ms * share, replays.p10_ms * share, replays.p90_ms * share, replays.count)
+
+
+def time_graphs(
+    variants: Mapping[str, Sequence[Callable[[], object]]], *, seconds: float, most: int = 100
+) -> dict[str, Timing]:
+    """Time several variants as `time_graph` does, their replays in turn.
+
+    A card that is hot or short of power slows down from one second to the next; in turn, all variants see the same.
+
+    Args:
+        variants: Calls by name; they must be warm, and free of host synchronization.
+        seconds: Roughly how long to measure all of them together.
+        most: Replay no graph more often than that.
+
+    Returns:
+        The time of one call by name.
+    """
+    graphs = {}
+    for name, calls in variants.items():
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for call in calls:
+                call()
+    began = time.perf_counter()
+    for graph in graphs.values():
+        graph.replay()
+    torch.cuda.synchronize()
+    rounds = max(5, min(most, round(seconds / max(time.perf_counter() - began, 1e-6))))
+    pairs: dict[str, list[list[torch.Event]]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            pairs[name].append([start, end])
+    torch.cuda.synchronize()
+    return {
+        name: Timing.of([start.elapsed_time(end) / len(variants[name]) for start, end in events])
+        for name, events in pairs.items()
+    }
 
 
 def warm_up(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
