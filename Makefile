@@ -29,7 +29,8 @@ demo: $(INSTALLED)  ## Quantize the embedded FLUX, compare it with BF16, write t
 test: $(INSTALLED)  ## Run all tests that need no accelerator.
 	# One thread each: threads of two processes on the same cores wait for each other in OpenMP's barriers.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not network and not huge' -n auto \
-	  --support-matrix check $(PYTEST_ARGS)
+	  --support-matrix check --ignore tests/interpreted $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreted -n auto
 
 support: $(INSTALLED)  ## Run all tests and write docs/support.md from those that pass.
 	$(MAKE) test PYTEST_ARGS='--support-matrix write $(PYTEST_ARGS)'

@@ -16,6 +16,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ _CAPABILITY_FP8 = (8, 9)
 _MAX_UNSORTED_SLOTS = 128
 _MAX_BLOCK_ROWS = 64
 _MAX_E4M3 = 448.0
+_MAX_JOINED_FEATURES = 8192
 
 
 class _Weight:
@@ -72,7 +74,7 @@ class TritonLinear:
         bias = None if self._bias is None else self._bias.to(x.dtype)
         if x.dtype not in _DTYPES:
             return functional.linear(x, self._dense(x.dtype), bias)
-        out: Tensor = torch.ops.quantkit.linear(
+        out: Tensor = _operators().linear(
             x, *self._weight.arguments, bias, self._counters, self._weight.group, self._fused_rows
         )
         return out
@@ -99,13 +101,19 @@ class TritonFp8Linear(TritonLinear):
         if x.dtype != torch.bfloat16 or rows <= self._fused_rows:
             return super().__call__(x)
         flat = x.reshape(rows, self._in_features)
-        # The compiler joins plain operations with those before them, and computes once what layers share.
-        quantize = _quantize_rows if torch.compiler.is_compiling() else torch.ops.quantkit.quantize_rows
-        values, scales = quantize(flat)
-        out: Tensor = torch.ops.quantkit.linear_fp8(
+        # The compiler joins plain operations with those before them, and computes once what layers share. Of wide
+        # rows it makes two passes; one kernel is faster then.
+        plain = torch.compiler.is_compiling() and self._in_features <= _MAX_JOINED_FEATURES
+        values, scales = _quantize_rows(flat) if plain else _operators().quantize_rows(flat)
+        out: Tensor = _operators().linear_fp8(
             values, scales, *self._weight.arguments, self._row_scales, self._bias, self._weight.group
         )
         return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _operators() -> Any:
+    """Return what holds the functions to call: torch's operators under the compiler, else those behind them."""
+    return torch.ops.quantkit if torch.compiler.is_compiling() else ops
 
 
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +153,7 @@ class TritonExperts:
         if tokens == 0:
             return torch.zeros_like(hidden_states)
         order, expert, start, block_rows = route(top_k_index, self._experts)
-        multiply = partial(torch.ops.quantkit.multiply_experts, block_rows=block_rows)
+        multiply = partial(_operators().multiply_experts, block_rows=block_rows)
         places = (order, expert, start)
         if self._activation is None:
             inner = multiply(

@@ -7,8 +7,8 @@ Legend: M = rows, N = out_features, K = in_features, G = groups, E = experts, B 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -18,13 +18,36 @@ from quantkit_runtime.kernels import convert
 from quantkit_runtime.kernels import multiply as kernels
 from quantkit_runtime.kernels.tiles import PART, TILE
 
-_PROGRAMS_PER_MULTIPROCESSOR = 1.5
-"""What splitting K aims at; measured best between 1.4 and 1.6 on Hopper."""
 _MIN_TILES_PER_PROGRAM = 3
 _MAX_SPLIT = 8
-_MAX_BLOCK_ROWS = 64
 _UNPACKED_AT_ONCE = 64
 _MAX_E4M3 = 448.0
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How a kernel works on a block of so many rows.
+
+    Attributes:
+        warps: Of a program.
+        stages: Of loads, the one in use included.
+        programs_per_multiprocessor: What sharing K among programs aims at.
+    """
+
+    warps: int
+    stages: int
+    programs_per_multiprocessor: float
+
+
+# The fastest of all combinations of 2, 4 and 8 warps, 3 to 5 stages and up to 8 shares of K, on an H100.
+_SHAPES = {
+    8: _Shape(2, 5, 1.5),
+    16: _Shape(2, 3, 1.5),
+    32: _Shape(4, 3, 2.9),
+    64: _Shape(8, 3, 0.75),
+    128: _Shape(8, 3, 0.75),
+}
+MAX_BLOCK_ROWS = max(_SHAPES)
 
 
 def multiply(
@@ -44,22 +67,29 @@ def multiply(
         scales: (G, N) float16.
         zeros: (G, N) uint8; None in a symmetric scheme.
         bias: (N,) or None.
-        counters: (ceil(N / 128),) int32, all 0; 0 again afterwards.
+        counters: int32, all 0, and 0 again afterwards; K is shared among programs only where there is one for each
+            part of the result.
         group: Input features per group; 0 if a group is a whole row of the weight.
 
     Returns:
         (M, N) in the dtype of ``x``.
     """
     (rows, in_features), out_features = x.shape, tiles.shape[1]
-    block = min(max(triton.next_power_of_2(rows), 8), _MAX_BLOCK_ROWS)
+    block = min(max(triton.next_power_of_2(rows), 8), MAX_BLOCK_ROWS)
+    shape = _SHAPES[block]
     blocks, parts = triton.cdiv(rows, block), triton.cdiv(out_features, PART)
-    split = _split(parts, tiles.shape[0], x.device) if blocks == 1 else 1
+    wanted = round(shape.programs_per_multiprocessor * _multiprocessors(x.device) / (blocks * parts))
+    split = max(1, min(wanted, tiles.shape[0] // _MIN_TILES_PER_PROGRAM, _MAX_SPLIT))
+    if blocks * parts > counters.numel():
+        split = 1
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     partial = torch.empty(split * rows * out_features if split > 1 else 0, device=x.device)
     kernels.multiply_kernel[(blocks * parts, split)](
         x, tiles, scales, scales if zeros is None else zeros, scales if bias is None else bias, out, partial,
         counters, rows, out_features, in_features, GROUP=group, ASYM=zeros is not None, BIAS=bias is not None,
-        EVEN_K=in_features % TILE == 0, BM=block, BN=PART, SPLIT=split, PTX=_takes_ptx(x), **_pipeline(block),
+        EVEN_N=out_features % PART == 0,
+        EVEN_K=in_features % TILE == 0, BM=block, BN=PART, SPLIT=split, PTX=_takes_ptx(x), STAGES=shape.stages,
+        num_warps=shape.warps,
     )  # fmt: skip
     return out
 
@@ -84,8 +114,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, in_features = x.shape
     out = torch.empty(rows, in_features, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    width = triton.next_power_of_2(in_features)
     convert.quantize_rows_kernel[(rows,)](
-        x, out, scale, in_features, largest=_MAX_E4M3, BK=triton.next_power_of_2(in_features), num_warps=4
+        x, out, scale, in_features, largest=_MAX_E4M3, BK=width, num_warps=4 if width <= 4096 else 8
     )
     return out, scale
 
@@ -123,24 +154,15 @@ def multiply_experts(
     make = torch.zeros if sorted_ else torch.empty
     out = make(slots, out_features, dtype=x.dtype, device=x.device)
     part = 32 if block_rows < 16 else 64
+    shape = _SHAPES[block_rows]
     kernels.multiply_experts_kernel[(expert.numel(), triton.cdiv(out_features, part))](
         x, tiles, scales, scales if zeros is None else zeros, order, expert, start,
         scales if weights is None else weights, out, top_k, experts, out_features, in_features, scales.shape[1],
         GROUP=group, ASYM=zeros is not None, GATED=gated, WEIGHTED=weights is not None, SORTED=sorted_,
-        EVEN_K=in_features % TILE == 0, BM=block_rows, BN=part, PTX=_takes_ptx(x), **_pipeline(block_rows),
+        EVEN_N=out_features % part == 0, EVEN_K=in_features % TILE == 0, BM=block_rows, BN=part,
+        PTX=_takes_ptx(x), STAGES=shape.stages, num_warps=min(shape.warps, 4),
     )  # fmt: skip
     return out
-
-
-def _split(parts: int, tiles: int, device: torch.device) -> int:
-    """Return among how many programs to share K, so that few parts of N still fill the device."""
-    wanted = round(_PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(device) / parts)
-    return max(1, min(wanted, tiles // _MIN_TILES_PER_PROGRAM, _MAX_SPLIT))
-
-
-def _pipeline(block_rows: int) -> dict[str, Any]:
-    """Return warps, and stages of loads ahead of the multiplication."""
-    return {"num_warps": 2, "STAGES": 5} if block_rows <= 16 else {"num_warps": 4, "STAGES": 3}
 
 
 def _takes_ptx(x: Tensor) -> bool:

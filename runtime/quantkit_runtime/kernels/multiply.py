@@ -67,31 +67,32 @@ def _slice(words, POSITION: tl.constexpr, dtype: tl.constexpr, ASYM: tl.constexp
 
 @triton.jit
 def _accumulate(
-    x_ptrs, x_mask, tiles_ptr, scales_ptr, zeros_ptr, n, N, K, first, last,
-    GROUP: tl.constexpr, ASYM: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr,
+    x_ptrs, tiles_ptr, scales_ptr, zeros_ptr, n, N, K, first, last,
+    GROUP: tl.constexpr, ASYM: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Part (BN, BM), float32, of W @ x.T over the tiles from ``first`` to before ``last``.
 
-    ``x_ptrs`` (BM,) points to the first feature of each row. GROUP is 0 if a group is a whole row of the weight.
+    ``x_ptrs`` (BM,) points to the first feature of each row, all of which there must be. GROUP is 0 if a group is a
+    whole row of the weight. EVEN_N and EVEN_K: BN divides N, a tile K; masks are spared then.
     """
     dtype: tl.constexpr = x_ptrs.dtype.element_ty
     scaled: tl.constexpr = GROUP if GROUP and GROUP < 128 else 128  # features after which a scale is applied
     i = tl.arange(0, 16)
-    n_mask = n < N
+    n_mask = tl.full((BN,), True, tl.int1) if EVEN_N else n < N
     acc = tl.zeros((BN, BM), tl.float32)
     for b in tl.range(first, last, num_stages=STAGES):
         words = tl.load(tiles_ptr + (b * N + n[:, None]) * 16 + i[None, :], mask=n_mask[:, None], other=0)
         part = tl.zeros((BN, BM), tl.float32)
         for j in tl.static_range(8):
-            start = b * 128 + 16 * j
-            k = start + i
-            mask = x_mask[None, :]
+            k = b * 128 + 16 * j + i
+            start = b * 128 + 16 * j // scaled * scaled  # of the group
             present = n_mask
-            if not EVEN_K:
-                mask = mask & (k[:, None] < K)
+            if EVEN_K:
+                x = tl.load(x_ptrs[None, :] + k[:, None])
+            else:
                 present = present & (start < K)
-            x = tl.load(x_ptrs[None, :] + k[:, None], mask=mask, other=0.0)
+                x = tl.load(x_ptrs[None, :] + k[:, None], mask=k[:, None] < K, other=0.0)
             weights = _slice(words, j, dtype, ASYM, PTX)
             if ASYM:
                 row = (start // GROUP if GROUP else 0) * N
@@ -109,8 +110,8 @@ def _accumulate(
 @triton.jit(do_not_specialize=["M"])
 def multiply_kernel(
     x_ptr, tiles_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr, M, N, K,
-    GROUP: tl.constexpr, ASYM: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    GROUP: tl.constexpr, ASYM: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Compute out (M, N) = x (M, K) @ W.T + bias; program (part of M and N, part of K).
 
@@ -125,9 +126,10 @@ def multiply_kernel(
     tiles = tl.cdiv(K, 128)
     share = tl.cdiv(tiles, SPLIT)
     first = split * share
+    # Rows beyond the last are copies of it, and not stored: cheaper than masks.
     acc = _accumulate(
-        x_ptr + m * K, m < M, tiles_ptr, scales_ptr, zeros_ptr, n, N, K, first, tl.minimum(first + share, tiles),
-        GROUP, ASYM, EVEN_K, BM, BN, STAGES, PTX,
+        x_ptr + tl.minimum(m, M - 1) * K, tiles_ptr, scales_ptr, zeros_ptr, n, N, K, first,
+        tl.minimum(first + share, tiles), GROUP, ASYM, EVEN_N, EVEN_K, BM, BN, STAGES, PTX,
     )  # fmt: skip
     at = m[None, :] * N + n[:, None]
     mask = (m[None, :] < M) & (n[:, None] < N)
@@ -153,8 +155,8 @@ def multiply_kernel(
 def multiply_experts_kernel(
     x_ptr, tiles_ptr, scales_ptr, zeros_ptr, order_ptr, expert_ptr, start_ptr, weight_ptr, out_ptr,
     top_k, experts, N, K, G, GROUP: tl.constexpr, ASYM: tl.constexpr, GATED: tl.constexpr,
-    WEIGHTED: tl.constexpr, SORTED: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr,
+    WEIGHTED: tl.constexpr, SORTED: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One expert's product for up to BM slots, a slot being one of the experts that a token is sent to.
 
@@ -173,9 +175,9 @@ def multiply_experts_kernel(
             return
         place = tl.load(start_ptr + block) + row
         mask = place < tl.load(start_ptr + tl.num_programs(0) + expert)
-        slot = tl.load(order_ptr + place, mask=mask, other=0)
+        slot = tl.load(order_ptr + place, mask=mask, other=0)  # rows beyond the last are copies, and not stored
     else:
-        slot = block + row
+        slot = block + row * 0
         mask = row < 1
     slot = slot.to(tl.int64)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -192,13 +194,13 @@ def multiply_experts_kernel(
     scales_ptr += expert * G * width
     zeros_ptr += expert * G * width
     acc = _accumulate(
-        x_ptrs, mask, tiles_ptr, scales_ptr, zeros_ptr, n, width, K, 0, tiles, GROUP, ASYM, EVEN_K, BM, BN, STAGES,
-        PTX,
+        x_ptrs, tiles_ptr, scales_ptr, zeros_ptr, n, width, K, 0, tiles, GROUP, ASYM, EVEN_N, EVEN_K, BM, BN,
+        STAGES, PTX,
     )  # fmt: skip
     if GATED:
         up = _accumulate(
-            x_ptrs, mask, tiles_ptr, scales_ptr, zeros_ptr, n + N, width, K, 0, tiles, GROUP, ASYM, EVEN_K, BM, BN,
-            STAGES, PTX,
+            x_ptrs, tiles_ptr, scales_ptr, zeros_ptr, n + N, width, K, 0, tiles, GROUP, ASYM, EVEN_N, EVEN_K, BM,
+            BN, STAGES, PTX,
         )  # fmt: skip
         acc = acc / (1 + tl.exp(-acc)) * up
     if WEIGHTED:

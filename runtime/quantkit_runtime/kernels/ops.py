@@ -10,6 +10,9 @@ Importing this module defines the operators; triton is imported when one of them
 ``multiply_experts``     products of many tokens with the weights of the experts that each is sent to
 =======================  ==========================================================================================
 
+Outside the compiler the functions of this module do the same as the operators, without the dispatcher, which costs
+as much of the CPU's time as a launch.
+
 The dense copy lives for the time of a call. It comes from the caching allocator, which hands the same memory to the
 next layer: the largest layer decides how much that is, and it counts in peak memory.
 """
@@ -43,10 +46,14 @@ _define(
 )
 
 
-def _linear(
+def linear(
     x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, counters: Tensor,
     group: int, fused_rows: int,
 ) -> Tensor:  # fmt: skip
+    """See the operator ``linear``; arguments as `quantkit_runtime.kernels.launch.multiply` takes them.
+
+    Up to ``fused_rows`` rows one kernel does all; with more the weight is unpacked first.
+    """
     from quantkit_runtime.kernels import launch
 
     in_features, out_features = x.shape[-1], tiles.shape[1]
@@ -61,10 +68,11 @@ def _linear(
     return out.view(*x.shape[:-1], out_features)
 
 
-def _linear_fp8(
+def linear_fp8(
     x: Tensor, x_scales: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, row_scales: Tensor,
     bias: Tensor | None, group: int,
 ) -> Tensor:  # fmt: skip
+    """See the operator ``linear_fp8``: x (M, K) e4m3 and its scales (M, 1); the result is bf16."""
     from quantkit_runtime.kernels import launch
 
     weight = launch.unpack(tiles, scales, zeros, group, x.shape[1], torch.float8_e4m3fn, row_scales)
@@ -74,24 +82,27 @@ def _linear_fp8(
     )  # fmt: skip
 
 
-def _unpack(
+def unpack(
     tiles: Tensor, scales: Tensor, zeros: Tensor | None, group: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
+    """See the operator ``unpack``."""
     from quantkit_runtime.kernels import launch
 
     return launch.unpack(tiles, scales, zeros, group, in_features, dtype)
 
 
-def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See the operator ``quantize_rows``."""
     from quantkit_runtime.kernels import launch
 
     return launch.quantize_rows(x.contiguous())
 
 
-def _multiply_experts(
+def multiply_experts(
     x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, group: int, top_k: int, order: Tensor,
     expert: Tensor, start: Tensor, weights: Tensor | None, block_rows: int, gated: bool,
 ) -> Tensor:  # fmt: skip
+    """See the operator ``multiply_experts``."""
     from quantkit_runtime.kernels import launch
 
     return launch.multiply_experts(
@@ -100,11 +111,11 @@ def _multiply_experts(
 
 
 for _name, _function in (
-    ("linear", _linear),
-    ("unpack", _unpack),
-    ("quantize_rows", _quantize_rows),
-    ("linear_fp8", _linear_fp8),
-    ("multiply_experts", _multiply_experts),
+    ("linear", linear),
+    ("unpack", unpack),
+    ("quantize_rows", quantize_rows),
+    ("linear_fp8", linear_fp8),
+    ("multiply_experts", multiply_experts),
 ):
     # One implementation for every device: Triton compiles for the one its tensors are on.
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
@@ -150,8 +161,8 @@ def _(
 
 
 def counters_for(out_features: int, device: torch.device) -> Tensor:
-    """Return the counters that `linear` wants for a layer: (ceil(N / 128),) int32, all 0.
+    """Return the counters that `linear` wants for a layer: int32, all 0, for two blocks of rows.
 
     They are the layer's own: two calls of one layer must not run at the same time on two streams.
     """
-    return torch.zeros(-(-out_features // PART), dtype=torch.int32, device=device)
+    return torch.zeros(2 * -(-out_features // PART), dtype=torch.int32, device=device)

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined; nothing else of these tests uses triton
-pytest.importorskip("triton")
-
 from quantkit_runtime import W4A16Experts, W4A16Linear
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.format import dequantize, pack, quantize_rtn
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    # It must be set before triton is imported, and would make the CPU take these kernels in other tests.
+    pytest.skip("run with TRITON_INTERPRET=1, in a process of its own", allow_module_level=True)
 
 # The interpreter cuts float32 to bf16 instead of rounding it, so bf16 is compared on accelerators (tests/gpu).
 DTYPE, TOLERANCE = torch.float16, 2e-3
@@ -70,19 +71,21 @@ def test_many_rows_are_multiplied_with_the_very_weight(scheme, monkeypatch):
 
 
 @pytest.mark.parametrize("in_features", [32, 160, 224, 416])
-@pytest.mark.parametrize("out_features", [8, 120, 264])
-def test_features_that_fill_no_tile_are_neither_missed_nor_made_up(in_features, out_features):
-    layer, state = make_layer(in_features, out_features, group_size=32)
+@pytest.mark.parametrize(("out_features", "group_size"), [(8, 32), (120, -1), (264, 32)])
+def test_features_that_fill_no_tile_are_neither_missed_nor_made_up(in_features, out_features, group_size):
+    layer, state = make_layer(in_features, out_features, group_size=group_size)
     layer.prepare(DTYPE, backend="triton")
     x = torch.randn(3, in_features, generator=torch.Generator().manual_seed(1)).to(DTYPE)
     assert relative_error(layer(x), exact_product(state, layer, x)) < TOLERANCE
     assert torch.equal(
-        torch.ops.quantkit.unpack(layer.qweight, layer.scales, None, 32, in_features, torch.float32),
+        torch.ops.quantkit.unpack(
+            layer.qweight, layer.scales, None, max(group_size, 0), in_features, torch.float32
+        ),
         dequantize(state, layer.scheme, torch.float32),
     )
 
 
-@pytest.mark.parametrize("rows", [2, 70, 130])
+@pytest.mark.parametrize("rows", [2, 130])
 def test_several_blocks_of_rows_and_shares_of_k_give_the_same(rows):
     layer, state = make_layer(
         1536, 128
@@ -161,7 +164,7 @@ def test_rows_are_quantized_alike_in_the_kernel_and_in_the_compilers_operations(
         assert torch.equal(values.float(), held)
 
 
-EXPERTS, HIDDEN, INNER, TOP_K = 4, 256, 128, 2
+EXPERTS, HIDDEN, INNER, TOP_K = 4, 128, 64, 2
 
 
 def make_experts(scheme, activation=functional.silu):
@@ -177,9 +180,16 @@ def make_experts(scheme, activation=functional.silu):
     return layer, state
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 64, True), Scheme(4, 32, False), Scheme(4, -1, True)], ids=str)
-@pytest.mark.parametrize("activation", [functional.silu, functional.gelu])
-@pytest.mark.parametrize("tokens", [1, 5, 90])
+@pytest.mark.parametrize(
+    ("scheme", "activation"),
+    [
+        (Scheme(4, 64, True), functional.silu),
+        (Scheme(4, 32, False), functional.gelu),
+        (Scheme(4, -1, True), functional.silu),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tokens", [1, 70])
 def test_experts_give_what_the_reference_gives(scheme, activation, tokens):
     layer, state = make_experts(scheme, activation)
     generator = torch.Generator().manual_seed(2)
