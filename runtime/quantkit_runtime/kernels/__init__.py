@@ -1,6 +1,6 @@
 """Kernel backends. Importing this package registers all of them with :mod:`quantkit_runtime.kernels.dispatch`."""
 
-from quantkit_runtime.kernels import cpu, reference
+from quantkit_runtime.kernels import cpu, cpu_experts, reference
 from quantkit_runtime.kernels.dispatch import (
     Backend,
     ExpertsKernel,
@@ -22,6 +22,7 @@ __all__ = [
     "LinearSpec",
     "backends",
     "cpu",
+    "cpu_experts",
     "reference",
     "register",
     "resolve",

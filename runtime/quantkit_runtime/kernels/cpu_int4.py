@@ -1,13 +1,13 @@
 """torch's int4 product on the CPU, and its layout of a weight.
 
 The operator computes ``x @ (scale * (code - 8) + offset).T`` with one bf16 scale and one bf16 offset per group and
-output feature, accumulating in float32. A zero point becomes the offset ``scale * (8 - zero)``, rounded to bf16; in a
-symmetric scheme it is 0. Its fast form exists for bf16 alone.
+output feature, accumulating in float32. A zero point becomes the offset ``scale * (8 - zero)``, rounded to bf16; in
+a symmetric scheme it is 0. Its fast form exists for bf16 alone.
 
-What is rounded: the scale and the offset, each by a relative 2 ** -9 at most, while the weight itself is not. Against
-a float64 product the error is that of a dense bf16 product where neither activations nor weights have a mean (2.3e-3
-of the output's norm, both). The rounding of an offset is common to a whole group, so it adds up where all have one
-sign: up to 4.6e-3 was seen. int4 itself costs some 1e-1.
+What is rounded: the scale and the offset, each by a relative 2 ** -9 at most, while the weight itself is not.
+Against a float64 product the error is that of a dense bf16 product where neither activations nor weights have a
+mean (2.3e-3 of the output's norm, both). The rounding of an offset is common to a whole group, so it adds up where
+all have one sign: up to 4.6e-3 was seen. int4 itself costs some 1e-1.
 """
 
 from __future__ import annotations
