@@ -1,6 +1,6 @@
 """Kernel backends. Importing this package registers all of them with :mod:`quantkit_runtime.kernels.dispatch`."""
 
-from quantkit_runtime.kernels import cpu, cpu_experts, reference
+from quantkit_runtime.kernels import cpu, cpu_experts, reference, xpu
 from quantkit_runtime.kernels.dispatch import (
     Backend,
     ExpertsKernel,
@@ -28,4 +28,5 @@ __all__ = [
     "resolve",
     "resolve_compute",
     "why_not",
+    "xpu",
 ]
