@@ -1,7 +1,7 @@
 """The XPU backend without an XPU: what it accepts, what it repacks, what it calls.
 
-The operator is stood in for by its documented arithmetic, registered with torch under its own name, so that its real
-schema is what the arguments have to fit.
+The operator is stood in for by its documented arithmetic, registered with torch under its own name, so that its
+real schema is what the arguments have to fit.
 """
 
 import pytest

@@ -13,8 +13,9 @@ scales    as x          (K / g, N)   contiguous
 zeros     int8          (K / g, N)   contiguous
 ========  ============  ===========  ===================================================
 
-So the checkpoint's words are transposed (gptq and plain packing) or packed anew (awq), and kept beside it: half a byte
-per weight. Above :data:`MAX_INT4_ROWS` rows the next best backend runs; where the better border is has not been measured.
+So the checkpoint's words are transposed (gptq and plain packing) or packed anew (awq), and kept beside it: half a
+byte per weight. Above :data:`MAX_INT4_ROWS` rows the next best backend runs; where the better border is has not been
+measured.
 
 Source: torch 2.14, ``aten/src/ATen/native/mkldnn/xpu`` (``Blas.cpp`` checks, ``detail/WoQMatmul.cpp`` strides).
 """
@@ -105,8 +106,8 @@ def _requirement(spec: LinearSpec) -> str | None:
         return f"it needs groups of a multiple of {_GROUP_STEP} features, not of {length}"
     if device.index is not None and device.index != torch.accelerator.current_device_index():
         return (
-            f"its operator runs on the current device alone; call torch.accelerator.set_device_index({device.index}) "
-            "before loading"
+            "its operator runs on the current device alone; call "
+            f"torch.accelerator.set_device_index({device.index}) before loading"
         )
     return None
 
