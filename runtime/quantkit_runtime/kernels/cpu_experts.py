@@ -15,7 +15,7 @@ from torch import Tensor
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.kernels.cpu_int4 import Int4Weight, int4_product, why_no_int4
 from quantkit_runtime.kernels.dispatch import ExpertsKernel, ExpertsSpec, register
-from quantkit_runtime.kernels.experts_loop import ExpertLoop, dequantized_linear, for_each_expert
+from quantkit_runtime.kernels.experts_loop import ExpertLoop, define_operator, dequantized_linear, for_each_expert
 
 MAX_INT4_ROWS = 64
 """Tokens of an expert above which unpacking its weight and a dense product are faster."""
@@ -34,7 +34,7 @@ class CpuExperts(ExpertLoop):
     def product(self, name: str, x: Tensor, index: Tensor) -> Tensor:
         """Product of each row with the weight of its expert."""
         stored, int4, scheme = self._stored[name], self._int4[name], self._scheme
-        out: Tensor = experts_int4(
+        out: Tensor = torch.ops.quantkit.experts_int4_cpu(
             x,
             index,
             int4.codes,
@@ -56,7 +56,12 @@ def _repack(stacks: Mapping[str, Tensor], scheme: Scheme) -> Int4Weight:
     return Int4Weight.stack([Int4Weight.from_packed(tensors, scheme) for tensors in experts])
 
 
-@torch.library.custom_op("quantkit::experts_int4_cpu", mutates_args=())
+_SCHEMA = (
+    "experts_int4_cpu(Tensor x, Tensor index, Tensor codes, Tensor pairs, int group_length, Tensor qweight, "
+    "Tensor qzeros, Tensor scales, int group_size, bool sym, str packing_format) -> Tensor"
+)
+
+
 def experts_int4(
     x: Tensor,
     index: Tensor,
@@ -81,22 +86,11 @@ def experts_int4(
     return for_each_expert(x, index, len(scales), scales.shape[-1], linear)
 
 
-@experts_int4.register_fake
-def _(
-    x: Tensor,
-    index: Tensor,
-    codes: Tensor,
-    pairs: Tensor,
-    group_length: int,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    group_size: int,
-    sym: bool,
-    packing_format: str,
-) -> Tensor:
-    del codes, pairs, group_length, qweight, qzeros, group_size, sym, packing_format
-    return x.new_empty(*index.shape, scales.shape[-1])
+def _allocate(x: Tensor, index: Tensor, codes: Tensor, *_: object) -> Tensor:
+    return x.new_empty(*index.shape, codes.shape[1])
+
+
+define_operator(_SCHEMA, experts_int4, _allocate)
 
 
 def _requirement(spec: ExpertsSpec) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch.nn import functional
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.format import dequantize
 from quantkit_runtime.kernels.dispatch import ExpertsSpec
+
+_LIBRARY: Any = torch.library.Library("quantkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 class ExpertLoop(ABC):
@@ -74,7 +77,28 @@ def for_each_expert(
     return out
 
 
-@torch.library.custom_op("quantkit::experts_dequantized", mutates_args=())
+def define_operator(schema: str, run: Callable[..., Tensor], allocate: Callable[..., Tensor]) -> None:
+    """Make a function an operator ``torch.ops.quantkit.<name>``.
+
+    ``torch.library.custom_op`` would import torch's compiler with the first call, which takes seconds.
+
+    Args:
+        schema: Name, arguments and result in torch's notation.
+        run: The function, on every device.
+        allocate: The same for torch.compile: returns an empty tensor of the right shape and dtype.
+    """
+    _LIBRARY.define(schema)
+    name = schema.partition("(")[0]
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"quantkit::{name}", allocate, lib=_LIBRARY)
+
+
+_SCHEMA = (
+    "experts_dequantized(Tensor x, Tensor index, Tensor qweight, Tensor qzeros, Tensor scales, int bits, "
+    "int group_size, bool sym, str packing_format) -> Tensor"
+)
+
+
 def experts_dequantized(
     x: Tensor,
     index: Tensor,
@@ -95,25 +119,17 @@ def experts_dequantized(
     return for_each_expert(x, index, len(scales), scales.shape[-1], linear)
 
 
-@experts_dequantized.register_fake
-def _(
-    x: Tensor,
-    index: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    bits: int,
-    group_size: int,
-    sym: bool,
-    packing_format: str,
-) -> Tensor:
-    del qweight, qzeros, bits, group_size, sym, packing_format
-    return x.new_empty(*index.shape, scales.shape[-1])
-
-
 def dequantized_linear(
     rows: Tensor, expert: int, qweight: Tensor, qzeros: Tensor, scales: Tensor, scheme: Scheme
 ) -> Tensor:
     """Product of rows (M, K) with the weight of one expert of stacks, unpacked for it."""
     stored = {"qweight": qweight[expert], "qzeros": qzeros[expert], "scales": scales[expert]}
     return functional.linear(rows, dequantize(stored, scheme, rows.dtype))
+
+
+def _allocate(x: Tensor, index: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, *_: object) -> Tensor:
+    del qweight, qzeros
+    return x.new_empty(*index.shape, scales.shape[-1])
+
+
+define_operator(_SCHEMA, experts_dequantized, _allocate)

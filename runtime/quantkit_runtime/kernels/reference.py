@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.format import dequantize
 from quantkit_runtime.kernels.dispatch import ExpertsKernel, ExpertsSpec, LinearKernel, LinearSpec, register
-from quantkit_runtime.kernels.experts_loop import ExpertLoop, experts_dequantized
+from quantkit_runtime.kernels.experts_loop import ExpertLoop
 
 
 class ReferenceKernel:
@@ -44,7 +45,7 @@ class ReferenceExperts(ExpertLoop):
     def product(self, name: str, x: Tensor, index: Tensor) -> Tensor:
         """Product of each row with the weight of its expert."""
         stored, scheme = self._stored[name], self._scheme
-        out: Tensor = experts_dequantized(
+        out: Tensor = torch.ops.quantkit.experts_dequantized(
             x,
             index,
             stored["qweight"],
