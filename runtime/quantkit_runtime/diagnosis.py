@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
@@ -150,6 +151,20 @@ def torch_build() -> str:
     return "CPU"
 
 
+def explain_no_accelerator() -> str:
+    """Return why torch sees no accelerator, as far as that can be told, with the mend."""
+    build, driver = torch_build(), _nvidia_driver()
+    if driver is not None and build == "CPU":
+        return (
+            f"NVIDIA driver {driver} is loaded, but this torch is built for the CPU; install a CUDA build of torch"
+        )
+    if driver is not None:
+        return f"NVIDIA driver {driver} is loaded, but torch (built for {build}) cannot use it; see `nvidia-smi`"
+    if build == "CPU":
+        return "this torch is built for the CPU"
+    return f"torch is built for {build}, but there is no driver or no device of that kind"
+
+
 def _describe_accelerator(kind: str, index: int) -> Device:
     name, backend = f"{kind}:{index}", getattr(torch, kind, None)
     properties = _ask(backend, "get_device_properties", index)
@@ -187,8 +202,14 @@ def _describe_cpu() -> Device:
         "threads": str(torch.get_num_threads()),
         "cores": str(os.cpu_count() or "unknown"),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "C++ compiler (for torch.compile)": _compiler() or "none",
     }
     return Device("cpu", hardware, _kilobytes("MemTotal"), _kilobytes("MemAvailable"), details)
+
+
+def _compiler() -> str | None:
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    return next((name for name in names if name and shutil.which(name)), None)
 
 
 def _kilobytes(name: str) -> int | None:
