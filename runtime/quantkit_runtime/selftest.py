@@ -185,6 +185,6 @@ def _make_weight(
 
 
 def _label(scheme: Scheme) -> str:
-    group = "channel" if scheme.group_size == -1 else f"g{scheme.group_size}"
+    group = f"g{scheme.group_size}"
     packing = scheme.packing_format.rpartition(":")[2].removeprefix("auto_")
     return f"W{scheme.bits} {group} {'sym' if scheme.sym else 'asym'} {'plain' if packing == 'round' else packing}"
