@@ -6,18 +6,22 @@ compiled as a whole (``fullgraph=True``): what cannot be captured is an error, n
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import time
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import nn
 
 from quantkit_runtime.errors import QuantkitRuntimeError
 
 _log = logging.getLogger("quantkit_runtime")
 # transformers declares no repeated blocks, but calls the layers of all its language models so.
-_DECODER_LAYER = "DecoderLayer"
+_DECODER_LAYER = r"\w*DecoderLayer"
+_GRAPHS_OF_A_LAYER = 16  # prefill and decode, with and without a mask or a cache, in several dtypes
 
 
 def compile_pipeline(pipeline: Any, **options: Any) -> None:
@@ -61,15 +65,15 @@ def compile_model(model: nn.Module, **options: Any) -> None:
 
 
 def _compile_blocks(model: nn.Module, name: str, options: dict[str, Any]) -> None:
-    classes = tuple(getattr(model, "_repeated_blocks", None) or ())
-    blocks = {
-        path: module
-        for path, module in model.named_modules()
-        if (type(module).__name__ in classes if classes else type(module).__name__.endswith(_DECODER_LAYER))
-    }
+    classes = getattr(model, "_repeated_blocks", None)
+    wanted = re.compile("|".join(map(re.escape, classes)) if classes else _DECODER_LAYER)
+    blocks = {path: module for path, module in model.named_modules() if wanted.fullmatch(type(module).__name__)}
     if not blocks:
-        wanted = ", ".join(classes) or f"*{_DECODER_LAYER}"
-        raise QuantkitRuntimeError(f"compile: {name}: has no blocks of class {wanted}; load it without compile")
+        raise QuantkitRuntimeError(
+            f"compile: {name}: has no blocks of class {wanted.pattern}; load it without compile"
+        )
+    if not classes:
+        options = _for_decoder_layers(len(blocks)) | options
     for block in blocks.values():
         block.compile(fullgraph=True, **options)
     counts = Counter(type(block).__name__ for block in blocks.values())
@@ -77,6 +81,28 @@ def _compile_blocks(model: nn.Module, name: str, options: dict[str, Any]) -> Non
     _log.info("%s: %s to be compiled with the first call", name, told)
     for owner in {path.rpartition(".")[0].rpartition(".")[0] for path in blocks}:
         _Watch(f"{name}.{owner}" if owner else name).follow(model.get_submodule(owner))
+
+
+def _for_decoder_layers(count: int) -> dict[str, Any]:
+    """Return options for layers that write to a cache, which grows, under their own number.
+
+    So the layers share nothing that is compiled, and dynamo's limits, which are for functions that are compiled anew
+    again and again by mistake, would be met soon.
+    """
+    import torch._dynamo.config as limits
+
+    options: dict[str, Any] = {"dynamic": True}
+    if _can_isolate():
+        options["isolate_recompiles"] = True
+    else:
+        limits.recompile_limit = max(limits.recompile_limit, _GRAPHS_OF_A_LAYER * count)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _GRAPHS_OF_A_LAYER * count)
+    return options
+
+
+def _can_isolate() -> bool:
+    """Whether this torch keeps what was compiled for one module apart from that of others; 2.14 does."""
+    return "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
 
 class _Watch:

@@ -189,6 +189,15 @@ def test_the_reference_forward_is_captured_without_a_graph_break():
         assert torch.equal(compiled(x), layer(x))
 
 
+def test_the_cpu_backend_works_through_inductor_for_few_and_many_rows():
+    layer = make_layer()
+    layer.prepare(torch.bfloat16, backend="cpu")
+    compiled = torch.compile(layer, fullgraph=True)
+    for rows in (1, MAX_INT4_ROWS + 1):
+        x = torch.randn(rows, K, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
+        torch.testing.assert_close(compiled(x).double(), exact(layer, x), rtol=0.02, atol=0.02)
+
+
 def spec(**changes):
     values = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "compute": "16bit", **changes}
     return LinearSpec(K, N, Scheme(), **values)
