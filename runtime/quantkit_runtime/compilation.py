@@ -86,7 +86,7 @@ def _compile_blocks(model: nn.Module, name: str, options: dict[str, Any]) -> Non
 def _for_decoder_layers(count: int) -> dict[str, Any]:
     """Return options for layers that write to a cache, which grows, under their own number.
 
-    So the layers share nothing that is compiled, and dynamo's limits, which are for functions that are compiled anew
+    So the layers share nothing that is compiled, and dynamo's limits, which are for functions that are compiled
     again and again by mistake, would be met soon.
     """
     import torch._dynamo.config as limits

@@ -1,14 +1,18 @@
 """Models whose repeated blocks are compiled: nothing is left uncaptured, the output stays, the log tells."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
 import torch._dynamo.config
 import torch._dynamo.utils
+from typer.testing import CliRunner
 
 import quantkit.demo
-from quantkit_runtime import W4A16Linear, compilation, load_model, load_pipeline
+from quantkit.cli.main import app
+from quantkit.compare.result import read_result
+from quantkit_runtime import W4A16Linear, compilation, load, load_model, load_pipeline
 from quantkit_runtime.compilation import compile_model, compile_pipeline
 from quantkit_runtime.errors import QuantkitRuntimeError
 
@@ -89,6 +93,20 @@ def test_a_model_that_is_loaded_compiled_computes_the_same_by_inductor(rtn_check
     assert "compiling its blocks" in told[1]
     assert "graphs compiled, " in told[2]
     assert len(told) == 3  # the second call compiles nothing
+
+
+def test_a_comparison_of_compiled_models_says_so_while_it_runs_and_in_its_result(
+    flux_model, rtn_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(load, "compile_pipeline", partial(compile_pipeline, backend="eager"))
+    flags = "--height 32 --width 32 --num-inference-steps 2 --max-sequence-length 16 --no-noise-floor --compile"
+    command = ["compare", "--task", "t2i", "--reference", flux_model, "--candidate", rtn_checkpoint]
+    command += ["--prompt", "a red circle", *flags.split(), "--output", tmp_path / "report"]
+    finished = CliRunner().invoke(app, list(map(str, command)))
+    assert finished.exit_code == 0, finished.output
+    assert "note: transformer: compiling its blocks" in finished.stderr
+    assert read_result(tmp_path / "report").compiled
+    assert ", compiled" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("can_isolate", [True, False])
