@@ -6,8 +6,8 @@ the cache::
     python eval/perf/cpu_linear.py --threads 2 --output cpu-linear.json
 
 A time is the median of many. Beside it stands the error against a float64 product with the same dequantized weight,
-relative to the norm of the output. Only the ratios mean something: times are those of the machine at hand. The second
-ratio is that of the fastest tenths, which other work on the machine disturbs least.
+relative to the norm of the output. Only the ratios mean something: times are those of the machine at hand. The
+second ratio is that of the fastest tenths, which other work on the machine disturbs least.
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ def main() -> None:
 
 def measure_linear(scheme: Scheme, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a line for each shape and number of rows."""
-    print(
-        f"{'K x N':14}{'rows':>6}{'bf16 ms':>10}{'packed ms':>11}{'faster':>8}{'tenths':>8}{'bf16 err':>11}{'packed err':>12}"
-    )
+    headers = ("rows", "bf16 ms", "packed ms", "faster", "tenths", "bf16 error", "packed error")
+    print(f"{'K x N':14}", *(f"{header:>12}" for header in headers))
     for in_features, out_features in SHAPES[: 1 if options.quick else None]:
         count = -(-CACHE_BYTES // (in_features * out_features * 2))
         pairs = [make_linear(in_features, out_features, scheme, seed) for seed in range(count)]
@@ -85,12 +84,15 @@ def measure_linear(scheme: Scheme, options: argparse.Namespace) -> Iterator[dict
             exact = x.double() @ weight.t()
             line = {"in_features": in_features, "out_features": out_features, "rows": rows}
             line |= compare(calls, (x,), exact, options.seconds)
-            print(
-                f"{f'{in_features} x {out_features}':14}{rows:6}{line['bf16_ms']:10.3f}{line['packed_ms']:11.3f}"
-                f"{line['faster']:8.2f}{line['faster_tenth']:8.2f}{line['bf16_error']:11.1e}{line['packed_error']:12.1e}",
-                flush=True,
-            )
+            keys = ("bf16_ms", "packed_ms", "faster", "faster_tenth", "bf16_error", "packed_error")
+            print(f"{f'{in_features} x {out_features}':14} {rows:12}", *cells(line, keys), flush=True)
             yield line
+
+
+def cells(line: dict[str, Any], keys: tuple[str, ...]) -> Iterator[str]:
+    """Yield numbers of a line as they are printed."""
+    for key in keys:
+        yield f"{line[key]:12.1e}" if key.endswith("error") else f"{line[key]:12.3f}"
 
 
 def make_linear(in_features: int, out_features: int, scheme: Scheme, seed: int) -> tuple[W4A16Linear, nn.Linear]:
@@ -115,9 +117,8 @@ def measure_experts(scheme: Scheme, options: argparse.Namespace) -> Iterator[dic
     print(
         f"\n{count} experts, {top_k} of a token, {hidden}/{inner}; beside the checkpoint {kept:.2f} bytes a weight"
     )
-    print(
-        f"{'tokens':>6}{'bf16 ms':>10}{'reference ms':>14}{'packed ms':>11}{'faster':>8}{'tenths':>8}{'packed err':>12}"
-    )
+    headers = ("tokens", "bf16 ms", "reference ms", "packed ms", "faster", "tenths", "packed error")
+    print(*(f"{header:>12}" for header in headers))
     for tokens in TOKENS:
         x = torch.randn(tokens, hidden).to(torch.bfloat16)
         weights, index = torch.rand(tokens, count).topk(top_k)
@@ -132,11 +133,8 @@ def measure_experts(scheme: Scheme, options: argparse.Namespace) -> Iterator[dic
         line = {"tokens": tokens, "kept_bytes_per_weight": kept} | compare(
             calls, (x, index, weights), exact, options.seconds
         )
-        print(
-            f"{tokens:6}{line['bf16_ms']:10.2f}{line['reference_ms']:14.2f}{line['packed_ms']:11.2f}"
-            f"{line['faster']:8.2f}{line['faster_tenth']:8.2f}{line['packed_error']:12.1e}",
-            flush=True,
-        )
+        keys = ("bf16_ms", "reference_ms", "packed_ms", "faster", "faster_tenth", "packed_error")
+        print(f"{tokens:12}", *cells(line, keys), flush=True)
         yield line
 
 
