@@ -47,14 +47,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line of a table (default 2)")
     parser.add_argument("--asym", action="store_true", help="asymmetric weights")
-    parser.add_argument("--quick", action="store_true", help="the smallest shape and few rows, no experts")
+    parser.add_argument("--only", choices=("linear", "experts"), help="measure these alone")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help=f"rows of Linear layers (default {ROWS})")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     scheme = Scheme(group_size=128, sym=not options.asym)
     with torch.inference_mode():
-        linear = list(measure_linear(scheme, options))
-        experts = [] if options.quick else list(measure_experts(scheme, options))
+        linear = list(measure_linear(scheme, options)) if options.only != "experts" else []
+        experts = list(measure_experts(scheme, options)) if options.only != "linear" else []
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {options.threads} threads, {torch.backends.cpu.get_cpu_capability()}",
@@ -71,11 +72,11 @@ def measure_linear(scheme: Scheme, options: argparse.Namespace) -> Iterator[dict
     """Yield a line for each shape and number of rows."""
     headers = ("rows", "bf16 ms", "packed ms", "faster", "tenths", "bf16 error", "packed error")
     print(f"{'K x N':14}", *(f"{header:>12}" for header in headers))
-    for in_features, out_features in SHAPES[: 1 if options.quick else None]:
+    for in_features, out_features in SHAPES:
         count = -(-CACHE_BYTES // (in_features * out_features * 2))
         pairs = [make_linear(in_features, out_features, scheme, seed) for seed in range(count)]
         weight = dequantize(pairs[0][0].packed(), scheme, torch.float64)
-        for rows in ROWS[: 4 if options.quick else None]:
+        for rows in options.rows:
             x = torch.randn(rows, in_features).to(torch.bfloat16)
             calls = {
                 "bf16": [dense for _, dense in pairs],
