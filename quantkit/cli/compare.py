@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantkit.cli.console import new_table, output
+from quantkit.cli.console import new_table, output, show_log
 from quantkit.cli.models import resolve_model
 from quantkit.cli.progress import Bar
 from quantkit.errors import MissingExtraError, RecipeError
@@ -112,6 +112,10 @@ def command(
     backend: Annotated[
         str, typer.Option("--backend", help="Kernels of packed layers: auto, or one by name.", rich_help_panel=_HOW)
     ] = "auto",
+    compile_blocks: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the repeated blocks of both models.", rich_help_panel=_HOW),
+    ] = False,
     lpips_backbone: Annotated[
         Path | None,
         typer.Option("--lpips-backbone", help="AlexNet weights; default: torch hub's cache.", rich_help_panel=_HOW),
@@ -176,6 +180,7 @@ def command(
         device=device,
         dtype=dtype,
         backend=backend,
+        compile=compile_blocks,
         lpips_backbone=lpips_backbone,
         noise_floor=noise_floor,
         recipe=str(loaded.path) if loaded is not None else None,
@@ -183,6 +188,8 @@ def command(
         command=("quantkit", *sys.argv[1:]),
     )
     _silence_libraries()
+    if compile_blocks:
+        show_log("quantkit_runtime")
     with Bar() as bar:
         result = compare(
             request, output_folder.absolute(), overwrite=overwrite, on_progress=lambda now: _show(bar, now)

@@ -39,6 +39,19 @@ output = _Lazy(stderr=False)
 errors = _Lazy(stderr=True)
 
 
+def show_log(name: str) -> None:
+    """Show what a library logs while it works, as notes on standard error."""
+    import logging
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            errors.print(f"note: {record.getMessage()}", markup=False, highlight=False, soft_wrap=True)
+
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.INFO)
+    logger.handlers[:] = [Notes()]
+
+
 def new_table(title: str, *headers: str, right: Sequence[str] = ()) -> Table:
     """Return an empty table in the style of all tables here.
 

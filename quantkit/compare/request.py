@@ -36,6 +36,7 @@ class Request:
         device: ``cpu``, ``cuda``, ``xpu`` ...; ``auto`` is the accelerator if there is one, else the CPU.
         dtype: One of `DTYPES`.
         backend: Kernel backend of packed layers.
+        compile: Compile the repeated blocks of both models.
         lpips_backbone: AlexNet weights for LPIPS; None looks in torch hub's cache.
         noise_floor: Whether the reference runs its first shot twice, which shows what differs without quantization.
         recipe: Path of the recipe that the values come from.
@@ -56,6 +57,7 @@ class Request:
     device: str = "auto"
     dtype: str = "bfloat16"
     backend: str = "auto"
+    compile: bool = False
     lpips_backbone: Path | None = None
     noise_floor: bool = True
     recipe: str | None = None

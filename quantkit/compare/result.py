@@ -182,6 +182,7 @@ class Comparison(Part):
         device: Device string and name, e.g. ``cuda (NVIDIA H100)``.
         dtype: Of weights and activations, e.g. ``bfloat16``.
         backend: Kernel backend asked for.
+        compiled: Whether the repeated blocks of both models were compiled.
         recipe: Path of the recipe; None without one.
         recipe_sha256: Of the recipe's bytes.
         family: Name of the model family.
@@ -210,6 +211,7 @@ class Comparison(Part):
     device: str
     dtype: str
     backend: str
+    compiled: bool = False
     recipe: str | None
     recipe_sha256: str | None
     family: str

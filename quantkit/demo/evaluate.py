@@ -110,7 +110,7 @@ def main() -> None:
     from rich.table import Table
 
     console = Console()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     pipeline = FluxPipeline.from_pretrained(options.model, dtype=torch.bfloat16).to(device)
     pipeline.set_progress_bar_config(disable=True)
     sampling = Sampling(options.steps, options.true_cfg_scale, options.max_sequence_length)

@@ -19,6 +19,7 @@ from torch import nn
 from quantkit_runtime.architecture import build_transformers, class_of, find_class, is_own, library_errors
 from quantkit_runtime.assembly import assemble
 from quantkit_runtime.checkpoint import WeightFiles, read_json
+from quantkit_runtime.compilation import compile_model, compile_pipeline
 from quantkit_runtime.config import QuantizationConfig, quantization_of
 from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError
 from quantkit_runtime.optional import import_optional
@@ -36,6 +37,7 @@ def load_pipeline(
     dtype: torch.dtype = torch.bfloat16,
     compute: str = "auto",
     backend: str = "auto",
+    compile: bool = False,  # noqa: A002  (as diffusers and transformers call it)
 ) -> Any:
     """Load a diffusers pipeline whose components may be packed.
 
@@ -45,6 +47,8 @@ def load_pipeline(
         dtype: For all floating weights that are not packed, except those a model class keeps in float32.
         compute: ``"16bit"``, ``"fp8"`` or ``"auto"``, which is ``"16bit"``.
         backend: ``"auto"`` or the name of one kernel backend.
+        compile: Compile the repeated blocks of the denoisers with their first call, see
+            :mod:`quantkit_runtime.compilation`; what is going on is logged as ``quantkit_runtime``.
 
     Returns:
         An ordinary ``diffusers.DiffusionPipeline`` on ``device``.
@@ -53,6 +57,7 @@ def load_pipeline(
         CheckpointFormatError: The folder is not a pipeline, or its files are damaged, contradictory or unknown.
         BackendUnavailableError: Device, compute mode or backend are not available here.
         MissingDependencyError: diffusers is not installed.
+        QuantkitRuntimeError: ``compile`` finds no repeated blocks.
     """
     target = _available_device(device)
     folder = _local_folder(path)
@@ -85,7 +90,10 @@ def load_pipeline(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, **packed
         )
     assert all(getattr(pipeline, name) is model for name, model in packed.items())
-    return pipeline.to(target)
+    pipeline.to(target)
+    if compile:
+        compile_pipeline(pipeline)
+    return pipeline
 
 
 def load_model(
@@ -95,6 +103,7 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     compute: str = "auto",
     backend: str = "auto",
+    compile: bool = False,  # noqa: A002  (as above)
 ) -> nn.Module:
     """Load one model, packed or not: a transformers model, a single diffusers component, or a BAGEL.
 
@@ -104,6 +113,7 @@ def load_model(
         dtype: For all floating weights that are not packed, except those a model class keeps in float32.
         compute: ``"16bit"``, ``"fp8"`` or ``"auto"``, which is ``"16bit"``.
         backend: ``"auto"`` or the name of one kernel backend.
+        compile: Compile the repeated blocks with their first call, likewise.
 
     Returns:
         The model on ``device``, in evaluation mode. Its class is the one that ``config.json`` names.
@@ -112,6 +122,7 @@ def load_model(
         CheckpointFormatError: The files are missing, damaged, contradictory or of an unknown kind.
         BackendUnavailableError: Device, compute mode or backend are not available here.
         MissingDependencyError: The library of the model's class is not installed.
+        QuantkitRuntimeError: ``compile`` finds no repeated blocks.
     """
     target = _available_device(device)
     folder = _local_folder(path)
@@ -119,14 +130,17 @@ def load_model(
     config = read_json(config_path)
     model_class = class_of(config, config_path)
     quantization = quantization_of(config, config_path)
+    model: nn.Module
     if quantization is not None or is_own(config):
-        return _assemble(folder, model_class, quantization, target, dtype, compute=compute, backend=backend)
-    WeightFiles(folder)
-    with library_errors(folder):
-        model: nn.Module = model_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-        return model.to(target).eval()
+        model = _assemble(folder, model_class, quantization, target, dtype, compute=compute, backend=backend)
+    else:
+        WeightFiles(folder)
+        with library_errors(folder):
+            model = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+            model.to(target).eval()
+    if compile:
+        compile_model(model)
+    return model
 
 
 def _assemble(

@@ -8,6 +8,9 @@ from quantkit_runtime import W4A16Experts
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, QuantkitRuntimeError
 from quantkit_runtime.format import dequantize, pack, quantize_rtn
+from quantkit_runtime.kernels import register
+from quantkit_runtime.kernels.cpu_experts import MAX_INT4_ROWS
+from quantkit_runtime.kernels.dispatch import _REGISTRY
 
 EXPERTS, HIDDEN, INNER, TOKENS, TOP_K = 4, 128, 64, 9, 2
 
@@ -30,10 +33,10 @@ def make(scheme, device=None):
     return W4A16Experts(EXPERTS, HIDDEN, INNER, scheme=scheme, activation=functional.silu, device=device)
 
 
-def route(seed=1):
+def route(seed=1, tokens=TOKENS):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(TOKENS, HIDDEN, generator=generator).to(torch.bfloat16)
-    scores = torch.rand(TOKENS, EXPERTS, generator=generator)
+    x = torch.randn(tokens, HIDDEN, generator=generator).to(torch.bfloat16)
+    scores = torch.rand(tokens, EXPERTS, generator=generator)
     weights, index = scores.topk(TOP_K)
     return x, index, weights.to(torch.bfloat16)
 
@@ -157,10 +160,84 @@ def test_sizes_that_do_not_fit_the_scheme_are_refused():
 
 
 def test_a_backend_for_linear_layers_only_leaves_experts_to_the_best_there_is():
+    @register("linear", "linear-only", priority=-1, requirement=lambda _: None)
+    def prepare(*_):
+        raise AssertionError
+
     layer = make(SCHEMES[0])
     layer.load_state_dict(packed_state(SCHEMES[0])[0])
+    layer.prepare(backend="linear-only")
+    assert layer.backend == "cpu"
+    del _REGISTRY["linear", "linear-only"]
+
+
+@pytest.mark.parametrize("tokens", [1, TOKENS, MAX_INT4_ROWS * EXPERTS])
+@pytest.mark.parametrize("scheme", [Scheme(4, 64, True), Scheme(4, 32, False)], ids=["sym", "asym"])
+@torch.inference_mode()
+def test_the_cpu_backend_is_as_exact_as_the_reference(scheme, tokens):
+    state, dense = packed_state(scheme)
+    layer = make(scheme)
+    layer.load_state_dict(state)
+    x, index, weights = route(tokens=tokens)
+    wanted = exact(x, index, weights, dense)
+    errors = {}
+    for backend in ("cpu", "reference"):
+        layer.prepare(backend=backend)
+        out = layer(x, index, weights)
+        errors[backend] = float((out.double() - wanted).norm() / wanted.norm())
+    assert errors["cpu"] < 1.2 * errors["reference"]
     layer.prepare(backend="cpu")
+    assert layer.extra_bytes > 0
+
+
+def test_the_cpu_backend_refuses_what_the_operator_cannot_read():
+    layer = make(SCHEMES[2])
+    layer.load_state_dict(packed_state(SCHEMES[2])[0])
+    with pytest.raises(BackendUnavailableError, match="int4 operator reads 4-bit weights, not 8-bit ones"):
+        layer.prepare(backend="cpu")
+    layer.prepare()
     assert layer.backend == "reference"
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@torch.inference_mode()
+def test_no_tokens_give_no_rows(backend):
+    layer = make(SCHEMES[0])
+    layer.load_state_dict(packed_state(SCHEMES[0])[0])
+    layer.prepare(backend=backend)
+    x, index, weights = route()
+    assert layer(x[:0], index[:0], weights[:0]).shape == (0, HIDDEN)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@torch.inference_mode()
+def test_the_forward_is_captured_without_a_graph_break(backend):
+    layer = make(SCHEMES[0])
+    layer.load_state_dict(packed_state(SCHEMES[0])[0])
+    layer.prepare(backend=backend)
+    arguments = route()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*arguments), layer(*arguments))
+
+
+@torch.inference_mode()
+def test_on_dense_weights_the_reference_gives_the_bits_of_a_loop_over_experts():
+    state, _ = packed_state(SCHEMES[0])
+    layer = make(SCHEMES[0])
+    layer.load_state_dict(state)
+    layer.prepare(backend="reference")
+    x, index, weights = route(tokens=50)
+    wanted = torch.zeros_like(x)
+    for expert in range(EXPERTS):
+        token, slot = torch.where(index == expert)
+        gate_up, down = (
+            dequantize({key: stack[expert] for key, stack in layer.packed(name).items()}, SCHEMES[0], x.dtype)
+            for name in ("gate_up", "down")
+        )
+        gate, up = functional.linear(x[token], gate_up).chunk(2, dim=-1)
+        y = functional.linear(functional.silu(gate) * up, down) * weights[token, slot, None]
+        wanted.index_add_(0, token, y)
+    assert torch.equal(layer(x, index, weights), wanted)
 
 
 def test_a_compute_mode_that_no_backend_has_is_refused_with_the_reason():

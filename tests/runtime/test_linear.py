@@ -8,7 +8,7 @@ from torch import nn
 
 from quantkit_runtime import W4A16Linear
 from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, QuantkitRuntimeError
-from quantkit_runtime.format import Scheme, dequantize, pack, quantize_rtn
+from quantkit_runtime.format import Scheme, dequantize, pack, quantize_rtn, unpack
 from quantkit_runtime.kernels import LinearSpec, backends, register, resolve, why_not
 from quantkit_runtime.kernels.cpu import MAX_INT4_ROWS
 
@@ -59,10 +59,35 @@ def test_a_bf16_product_is_exact_within_bf16_rounding(backend, scheme, rows):
     assert out.dtype == torch.bfloat16
     # Weight, product and the sum with the bias are each rounded to bf16 (unit roundoff 2**-8) at most once.
     magnitude = x.double().abs() @ dequantize(layer.packed(), layer.scheme, torch.float64).abs().t()
+    magnitude += offset_magnitude(layer, x)
     bound = 2.0**-9 * magnitude + 2.0**-8 * (exact(layer, x).abs() + layer.bias.double().abs())
     assert ((out.double() - exact(layer, x)).abs() <= bound).all()
     relative = (out.double() - exact(layer, x)).norm() / exact(layer, x).norm()
     assert relative < 4e-3
+
+
+def offset_magnitude(layer, x):
+    """What the rounding of ``scale * (midpoint - zero)``, which torch's int4 operator wants in bf16, may cost."""
+    _, scales, zeros = unpack(layer.packed(), layer.scheme)
+    offset = (scales.double() * (layer.scheme.midpoint - zeros)).abs()
+    return x.double().abs().unflatten(-1, (len(scales), -1)).sum(-1) @ offset
+
+
+@pytest.mark.parametrize("group_size", [32, 96, -1])
+@pytest.mark.parametrize("sign", ["any", "positive"])
+def test_few_rows_of_an_asymmetric_layer_cost_three_bf16_roundings_at_most(group_size, sign):
+    layer = W4A16Linear(192, N, bias=False, group_size=group_size, sym=False)
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(N, 192, generator=generator), torch.randn(2, 192, generator=generator) + 1
+    if sign == "positive":  # zero points at the end of the range: the largest offsets there are
+        weight = weight.abs()
+    layer.load_state_dict(pack(*quantize_rtn(weight, layer.scheme), layer.scheme))
+    x = x.to(torch.bfloat16)
+    layer.prepare(torch.bfloat16, backend="cpu")
+    few, many = layer(x), layer(x.repeat(MAX_INT4_ROWS, 1))[:2]
+    assert not torch.equal(few, many)  # the operator ran: the dense product rounds elsewhere
+    # Scale, offset and output: 2 ** -9 each.
+    assert (few.double() - exact(layer, x)).norm() / exact(layer, x).norm() < 3 * 2.0**-9
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -164,6 +189,15 @@ def test_the_reference_forward_is_captured_without_a_graph_break():
         assert torch.equal(compiled(x), layer(x))
 
 
+def test_the_cpu_backend_works_through_inductor_for_few_and_many_rows():
+    layer = make_layer()
+    layer.prepare(torch.bfloat16, backend="cpu")
+    compiled = torch.compile(layer, fullgraph=True)
+    for rows in (1, MAX_INT4_ROWS + 1):
+        x = torch.randn(rows, K, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
+        torch.testing.assert_close(compiled(x).double(), exact(layer, x), rtol=0.02, atol=0.02)
+
+
 def spec(**changes):
     values = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "compute": "16bit", **changes}
     return LinearSpec(K, N, Scheme(), **values)
@@ -189,7 +223,7 @@ def test_a_backend_says_why_it_cannot_run():
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"backend": "marlin"}, "backend 'marlin' does not exist; use 'auto' or one of: cpu, reference"),
+        ({"backend": "marlin"}, "backend 'marlin' does not exist; use 'auto' or one of: .*cpu, reference"),
         ({"compute": "fp8"}, "no backend serves linear with compute 'fp8' on cpu"),
         ({"compute": "int3"}, "compute 'int3' does not exist"),
     ],

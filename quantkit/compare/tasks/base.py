@@ -43,6 +43,7 @@ class Context:
         device: Where the models run.
         dtype: Of 16 (or 32) bit weights and activations.
         backend: Kernel backend of packed layers.
+        compile: Whether repeated blocks are compiled.
         family: Of both models.
         call_kwargs: Sampling, as arguments of the call.
         lpips_backbone: AlexNet weights for LPIPS; None looks in torch hub's cache.
@@ -54,6 +55,7 @@ class Context:
     device: torch.device
     dtype: torch.dtype
     backend: str
+    compile: bool
     family: Any
     call_kwargs: Mapping[str, Any]
     lpips_backbone: Path | None
@@ -141,7 +143,13 @@ def load_with(loader: Callable[..., Any], folder: Path, context: Context) -> Any
     from quantkit_runtime.errors import BackendUnavailableError, QuantkitRuntimeError
 
     try:
-        return loader(folder, device=context.device, dtype=context.dtype, backend=context.backend)
+        return loader(
+            folder,
+            device=context.device,
+            dtype=context.dtype,
+            backend=context.backend,
+            compile=context.compile,
+        )
     except BackendUnavailableError as error:
         raise RecipeError(str(error)) from error
     except QuantkitRuntimeError as error:

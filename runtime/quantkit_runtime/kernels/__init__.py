@@ -1,6 +1,6 @@
 """Kernel backends. Importing this package registers all of them with :mod:`quantkit_runtime.kernels.dispatch`."""
 
-from quantkit_runtime.kernels import accelerator, cpu, reference
+from quantkit_runtime.kernels import accelerator, cpu, cpu_experts, reference, xpu
 from quantkit_runtime.kernels.dispatch import (
     Backend,
     ExpertsKernel,
@@ -23,9 +23,11 @@ __all__ = [
     "accelerator",
     "backends",
     "cpu",
+    "cpu_experts",
     "reference",
     "register",
     "resolve",
     "resolve_compute",
     "why_not",
+    "xpu",
 ]

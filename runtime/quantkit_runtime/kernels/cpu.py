@@ -1,44 +1,27 @@
-"""The CPU backend: spends memory to be as fast as an unquantized layer, and faster on few rows.
+"""The CPU backend of Linear layers: spends memory to be as fast as an unquantized layer, and faster on few rows.
 
 Unpacking a weight costs a CPU several times the product itself, so this backend unpacks once, when the layer is
 prepared, and keeps a dense copy in the activations' dtype (2 bytes per weight in bf16). Where memory matters
 more than speed, ask for the ``reference`` backend, which keeps nothing.
 
 Up to :data:`MAX_INT4_ROWS` rows the product is bound by reading the weight, and torch's int4 operator reads a
-quarter of the bytes. It exists in a fast form for bf16 only, and there rounds the group scales to bf16: a
-relative weight error of at most 2 ** -9, the same bound as for a weight that is rounded to bf16 as a whole.
-Against a float64 product its error is that of the dense path (2.4e-3 of the output's norm, both, at K = 256 and
-3072 with random float16 scales).
-
-Median times in one process, 2 threads, AVX-512 with bf16, torch 2.14, dense bf16 against int4, in ms:
-
-======  ================  =================
-rows    256 x 1024        3072 x 3072
-======  ================  =================
-1       0.022 / 0.006     0.406 / 0.127
-4       0.023 / 0.010     0.414 / 0.231
-8       0.025 / 0.016     0.525 / 0.463
-64      0.056 / 0.105     1.83 / 4.28
-512     0.298 / 0.813     11.0 / 30.0
-======  ================  =================
+quarter of the bytes. ``eval/perf/cpu_linear.py`` measures both; docs/results/cpu.md keeps what was seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantkit_runtime.format import dequantize, unpack
+from quantkit_runtime.format import dequantize
+from quantkit_runtime.kernels.cpu_int4 import Int4Weight, why_no_int4
 from quantkit_runtime.kernels.dispatch import LinearKernel, LinearSpec, register
 from quantkit_runtime.kernels.reference import ReferenceKernel
 
-MAX_INT4_ROWS = 4
-_INT4_GROUP_LENGTHS = (32, 64, 128, 256)
-_INT4_OUT_STEP = 16
-_INT4_INNER_TILES = 1  # ignored by the CPU packing, whose signature is shared with the CUDA one
+MAX_INT4_ROWS = 8
+"""Rows above which the dense product is as fast."""
 
 
 class CpuKernel:
@@ -49,17 +32,11 @@ class CpuKernel:
         self._in_features = spec.in_features
         self._weight = dequantize(tensors, spec.scheme, spec.dtype)
         self._bias = None if bias is None else bias.to(spec.dtype)
-        self._group_length = spec.scheme.group_length(spec.in_features)
-        self._int4: tuple[Tensor, Tensor] | None = None
-        if _fits_int4(spec):
-            codes, scales, _ = unpack(tensors, spec.scheme)
-            scale = scales.to(torch.bfloat16)
-            self._int4 = (
-                torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), _INT4_INNER_TILES),
-                torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous(),
-            )
+        self._int4: Int4Weight | None = None
+        if why_no_int4(spec.in_features, spec.out_features, spec.scheme, spec.dtype) is None:
+            self._int4 = Int4Weight.from_packed(tensors, spec.scheme)
         self._other_dtypes = ReferenceKernel(spec.scheme, tensors, bias)
-        self.extra_bytes = sum(tensor.nbytes for tensor in (self._weight, *(self._int4 or ())))
+        self.extra_bytes = self._weight.nbytes + (0 if self._int4 is None else self._int4.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer."""
@@ -68,24 +45,10 @@ class CpuKernel:
         rows = x.numel() // self._in_features
         if self._int4 is None or not 0 < rows <= MAX_INT4_ROWS:
             return functional.linear(x, self._weight, self._bias)
-        codes, scales = self._int4
-        flat = x.reshape(rows, self._in_features).contiguous()
-        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, codes, self._group_length, scales)
+        out = self._int4.product(x.reshape(rows, self._in_features))
         if self._bias is not None:
             out = out + self._bias
         return out.view(*x.shape[:-1], out.shape[-1])
-
-
-def _fits_int4(spec: LinearSpec) -> bool:
-    scheme = spec.scheme
-    return (
-        spec.dtype == torch.bfloat16
-        and scheme.bits == 4
-        # The operator wants scale * (8 - zero) in bf16; rounding that term would cost accuracy.
-        and scheme.sym
-        and scheme.group_length(spec.in_features) in _INT4_GROUP_LENGTHS
-        and spec.out_features % _INT4_OUT_STEP == 0
-    )
 
 
 def _requirement(spec: LinearSpec) -> str | None:

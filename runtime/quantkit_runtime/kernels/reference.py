@@ -15,6 +15,7 @@ from torch.nn import functional
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.format import dequantize
 from quantkit_runtime.kernels.dispatch import ExpertsKernel, ExpertsSpec, LinearKernel, LinearSpec, register
+from quantkit_runtime.kernels.experts_loop import ExpertLoop
 
 
 class ReferenceKernel:
@@ -33,37 +34,29 @@ class ReferenceKernel:
         return functional.linear(x, weight, None if self._bias is None else self._bias.to(x.dtype))
 
 
-class ReferenceExperts:
-    """Expert after expert, see :class:`quantkit_runtime.kernels.dispatch.ExpertsKernel`.
-
-    Unpacks the weights of the experts that some token is sent to, in every call. The order of operations is that of
-    transformers' own loop over experts, so that on dequantized weights both give the same bits.
-    """
-
-    extra_bytes = 0
+class ReferenceExperts(ExpertLoop):
+    """Expert after expert, the weights of those that some token is sent to unpacked in every call."""
 
     def __init__(self, spec: ExpertsSpec, gate_up: Mapping[str, Tensor], down: Mapping[str, Tensor]) -> None:
-        self._spec = spec
-        self._gate_up = dict(gate_up)
-        self._down = dict(down)
+        super().__init__(spec)
+        self._scheme = spec.scheme
+        self._stored = {"gate_up": dict(gate_up), "down": dict(down)}
 
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Apply the experts."""
-        spec, dtype = self._spec, hidden_states.dtype
-        out = torch.zeros_like(hidden_states)
-        for expert in torch.unique(top_k_index).tolist():
-            if expert == spec.num_experts:  # a slot that is sent nowhere
-                continue
-            token, slot = torch.where(top_k_index == expert)
-            x = hidden_states[token]
-            gate, up = functional.linear(x, self._weight(self._gate_up, expert, dtype)).chunk(2, dim=-1)
-            y = functional.linear(spec.activation(gate) * up, self._weight(self._down, expert, dtype))
-            y = y * top_k_weights[token, slot, None]
-            out.index_add_(0, token, y.to(dtype))
+    def product(self, name: str, x: Tensor, index: Tensor) -> Tensor:
+        """Product of each row with the weight of its expert."""
+        stored, scheme = self._stored[name], self._scheme
+        out: Tensor = torch.ops.quantkit.experts_dequantized(
+            x,
+            index,
+            stored["qweight"],
+            stored["qzeros"],
+            stored["scales"],
+            scheme.bits,
+            scheme.group_size,
+            scheme.sym,
+            scheme.packing_format,
+        )
         return out
-
-    def _weight(self, stacks: Mapping[str, Tensor], expert: int, dtype: torch.dtype) -> Tensor:
-        return dequantize({name: stack[expert] for name, stack in stacks.items()}, self._spec.scheme, dtype)
 
 
 def _requirement(spec: LinearSpec | ExpertsSpec) -> str | None:

@@ -1,0 +1,134 @@
+"""Models whose repeated blocks are compiled: nothing is left uncaptured, the output stays, the log tells."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+import torch._dynamo.config
+import torch._dynamo.utils
+from typer.testing import CliRunner
+
+import quantkit.demo
+from quantkit.cli.main import app
+from quantkit.compare.result import read_result
+from quantkit_runtime import W4A16Linear, compilation, load, load_model, load_pipeline
+from quantkit_runtime.compilation import compile_model, compile_pipeline
+from quantkit_runtime.errors import QuantkitRuntimeError
+
+LAYERS = 9  # more than dynamo would compile one function for
+
+
+@pytest.fixture(autouse=True)
+def counters():
+    """Dynamo's counters, from zero."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=16):
+        yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def draw(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        "a red circle",
+        height=32,
+        width=32,
+        num_inference_steps=2,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+
+
+def test_a_packed_pipeline_is_captured_block_by_block_and_draws_the_same(rtn_checkpoint, counters):
+    pipeline = load_pipeline(rtn_checkpoint)
+    assert any(isinstance(module, W4A16Linear) for module in pipeline.transformer.modules())
+    wanted = draw(pipeline)
+    compile_pipeline(pipeline, backend="eager")
+    assert torch.equal(draw(pipeline), wanted)
+    assert not counters["graph_break"]
+    # Two classes of blocks, and the first single block gets its input in other strides than the rest.
+    assert 0 < counters["stats"]["unique_graphs"] <= 3
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        assert not any(module._compiled_call_impl for module in getattr(pipeline, name).modules())
+
+
+@pytest.mark.parametrize("model", ["wan_t2v", "ovis_image", "glm_image"])
+def test_the_blocks_of_every_family_are_captured(tiny_model, model, counters):
+    pipeline = load_pipeline(tiny_model(model))
+    compile_pipeline(pipeline, backend="eager")
+    calls = {
+        "wan_t2v": {"height": 32, "width": 32, "num_frames": 5},
+        "ovis_image": {"height": 32, "width": 32},
+        "glm_image": {"height": 64, "width": 64},
+    }
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline("a red circle", num_inference_steps=2, output_type="latent", **calls[model])
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_model_that_is_loaded_compiled_computes_the_same_by_inductor(rtn_checkpoint, caplog):
+    generator = torch.Generator().manual_seed(3)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 16, generator=generator).to(torch.bfloat16),
+        "encoder_hidden_states": torch.randn(1, 8, 64, generator=generator).to(torch.bfloat16),
+        "pooled_projections": torch.randn(1, 32, generator=generator).to(torch.bfloat16),
+        "timestep": torch.tensor([0.7], dtype=torch.bfloat16),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
+        "txt_ids": torch.zeros(8, 3),
+    }
+    folder = rtn_checkpoint / "transformer"
+    with torch.inference_mode():
+        wanted = load_model(folder)(**inputs).sample.float()
+        with caplog.at_level(logging.INFO, logger="quantkit_runtime"):
+            model = load_model(folder, compile=True)
+            found = model(**inputs).sample.float()
+            model(**inputs)
+    assert (found - wanted).norm() / wanted.norm() < 1e-2
+    told = [record.getMessage() for record in caplog.records if record.name == "quantkit_runtime"]
+    assert "FluxTransformer2DModel: 2 x FluxTransformerBlock" in told[0]
+    assert "compiling its blocks" in told[1]
+    assert "graphs compiled, " in told[2]
+    assert len(told) == 3  # the second call compiles nothing
+
+
+def test_a_comparison_of_compiled_models_says_so_while_it_runs_and_in_its_result(
+    flux_model, rtn_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(load, "compile_pipeline", partial(compile_pipeline, backend="eager"))
+    flags = "--height 32 --width 32 --num-inference-steps 2 --max-sequence-length 16 --no-noise-floor --compile"
+    command = ["compare", "--task", "t2i", "--reference", flux_model, "--candidate", rtn_checkpoint]
+    command += ["--prompt", "a red circle", *flags.split(), "--output", tmp_path / "report"]
+    finished = CliRunner().invoke(app, list(map(str, command)))
+    assert finished.exit_code == 0, finished.output
+    assert "note: transformer: compiling its blocks" in finished.stderr
+    assert read_result(tmp_path / "report").compiled
+    assert ", compiled" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("can_isolate", [True, False])
+def test_decoder_layers_of_a_language_model_are_compiled_however_many_there_are(counters, monkeypatch, can_isolate):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    if can_isolate and not compilation._can_isolate():
+        pytest.skip("this torch cannot keep what it compiles apart")
+    monkeypatch.setattr(compilation, "_can_isolate", lambda: can_isolate)
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, num_hidden_layers=LAYERS, **sizes)).eval()
+    prompt = torch.arange(7)[None]
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "do_sample": False}
+    wanted = model.generate(prompt, **options)
+    compile_model(model, backend="eager")
+    assert torch.equal(model.generate(prompt, **options), wanted)
+    assert not counters["graph_break"]
+    assert LAYERS <= counters["stats"]["unique_graphs"] <= 4 * LAYERS
+
+
+def test_a_model_without_repeated_blocks_is_refused_in_one_line():
+    with pytest.raises(QuantkitRuntimeError, match=r"CLIPTextModel: has no blocks of class .*DecoderLayer"):
+        load_model(quantkit.demo.path() / "text_encoder", compile=True)
