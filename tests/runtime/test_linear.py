@@ -205,7 +205,7 @@ def spec(**changes):
 
 def test_the_cpu_backend_is_chosen_on_the_cpu_and_the_reference_elsewhere():
     assert resolve("linear", spec()).name == "cpu"
-    assert resolve("linear", spec(device=torch.device("cuda"))).name == "reference"
+    assert resolve("linear", spec(device=torch.device("mps"))).name == "reference"
 
 
 def test_the_reference_is_the_last_choice():

@@ -120,9 +120,12 @@ def test_scales_that_need_no_cast_are_shared_and_not_counted():
 
 
 @pytest.mark.usefixtures("operator")
-def test_it_is_chosen_on_an_xpu_where_it_fits_and_only_there():
+def test_it_is_chosen_on_an_xpu_without_triton_where_it_fits_and_only_there(monkeypatch):
+    assert resolve("linear", spec()).name == "triton"  # which keeps nothing beside the weight
+    monkeypatch.setattr("quantkit_runtime.kernels.accelerator._has_triton", lambda: False)
     assert resolve("linear", spec()).name == NAME
-    assert resolve("linear", spec(Scheme(bits=8))).name != NAME
+    assert resolve("linear", spec(), NAME).name == NAME
+    assert resolve("linear", spec(Scheme(bits=8))).name == "reference"
     assert resolve("linear", spec(device=torch.device("cpu"))).name == "cpu"
 
 

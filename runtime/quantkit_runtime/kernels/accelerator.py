@@ -226,14 +226,12 @@ def _requirement_fp8(spec: LinearSpec) -> str | None:
     if spec.compute != "fp8":
         return f"it computes in fp8, not in {spec.compute}"
     if spec.dtype != torch.bfloat16:
-        return f"it needs bf16 activations, not {spec.dtype}"
+        return f"it needs bf16 activations, not {str(spec.dtype).removeprefix('torch.')}"
     if spec.device.type != "cuda" or torch.version.cuda is None:
         return f"it needs an NVIDIA GPU, the weights are on {spec.device}"
-    if torch.cuda.get_device_capability(spec.device) < _CAPABILITY_FP8:
-        return f"it needs compute capability {_CAPABILITY_FP8[0]}.{_CAPABILITY_FP8[1]} or newer (Ada, Hopper)"
     if spec.in_features % 16 or spec.out_features % 16:
         return "torch's FP8 product needs input and output features that are multiples of 16"
-    return _refusal(spec)
+    return _too_old(spec.device, _CAPABILITY_FP8) or _refusal(spec)
 
 
 def _refusal(spec: LinearSpec | ExpertsSpec) -> str | None:
@@ -241,17 +239,28 @@ def _refusal(spec: LinearSpec | ExpertsSpec) -> str | None:
     device = spec.device
     if device.type not in ("cuda", "xpu") and not (device.type == "cpu" and _interpreted()):
         return f"it needs the weights on a CUDA or XPU device, they are on {device}"
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "it needs triton, which is not installed: pip install triton"
     if device.type == "cuda" and torch.version.cuda is not None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _CAPABILITY:
-            return (
-                f"it needs compute capability 8.0 or newer (Ampere), this GPU has {capability[0]}.{capability[1]}"
-            )
+        too_old = _too_old(device, _CAPABILITY)
+        if too_old is not None:
+            return too_old
     if isinstance(spec, LinearSpec):
         return unfit(spec.scheme, spec.in_features)
     return unfit(spec.scheme, spec.hidden_size) or unfit(spec.scheme, spec.intermediate_size)
+
+
+def _too_old(device: torch.device, wanted: tuple[int, int]) -> str | None:
+    if not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU"
+    found = torch.cuda.get_device_capability(device)
+    if found >= wanted:
+        return None
+    return f"it needs compute capability {wanted[0]}.{wanted[1]} or newer, this GPU has {found[0]}.{found[1]}"
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _interpreted() -> bool:

@@ -23,7 +23,7 @@ DEFAULT_FUSED_ROWS = 128
 def fused_rows(device: torch.device) -> int:
     """Return the largest number of rows for the fused kernel on a device."""
     name = device_name(device)
-    return _saved().get(name, FUSED_ROWS.get(name, DEFAULT_FUSED_ROWS))
+    return _saved(cache_file()).get(name, FUSED_ROWS.get(name, DEFAULT_FUSED_ROWS))
 
 
 def device_name(device: torch.device) -> str:
@@ -46,19 +46,20 @@ def save(device: torch.device, rows: int) -> Path:
         The file.
     """
     path = cache_file()
+    _saved.cache_clear()  # another process may have written meanwhile
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_suffix(f".{os.getpid()}")
-    staged.write_text(json.dumps({**_saved(), device_name(device): rows}, indent=1) + "\n", encoding="utf-8")
+    staged.write_text(json.dumps({**_saved(path), device_name(device): rows}, indent=1) + "\n", encoding="utf-8")
     staged.replace(path)
     _saved.cache_clear()
     return path
 
 
 @lru_cache
-def _saved() -> dict[str, int]:
+def _saved(path: Path) -> dict[str, int]:
     """Return the measurements of this user; a damaged file counts as none, the next `save` writes it anew."""
     try:
-        found = json.loads(cache_file().read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return {name: rows for name, rows in found.items() if isinstance(rows, int)} if isinstance(found, dict) else {}

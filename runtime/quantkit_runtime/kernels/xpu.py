@@ -14,8 +14,9 @@ zeros     int8          (K / g, N)   contiguous
 ========  ============  ===========  ===================================================
 
 So the checkpoint's words are transposed (gptq and plain packing) or packed anew (awq), and kept beside it: half a
-byte per weight. Above :data:`MAX_INT4_ROWS` rows the next best backend runs; where the better border is has not
-been measured.
+byte per weight. Therefore the Triton backend, which keeps nothing, comes first; this one is for an XPU without
+triton, or by name. Above :data:`MAX_INT4_ROWS` rows the next best backend runs; where the better border is has not been
+measured.
 
 Source: torch 2.14, ``aten/src/ATen/native/mkldnn/xpu`` (``Blas.cpp`` checks, ``detail/WoQMatmul.cpp`` strides).
 """
@@ -83,7 +84,7 @@ def repack(tensors: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype) ->
 
 
 def _next_best(spec: LinearSpec, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearKernel:
-    others = (backend for backend in backends("linear") if backend.name != NAME)
+    others = (backend for backend in backends("linear") if backend.name != NAME and backend.layout == "stored")
     chosen = next(backend for backend in others if backend.requirement(spec) is None)
     kernel: LinearKernel = chosen.prepare(spec, tensors, bias)
     return kernel
@@ -112,7 +113,7 @@ def _requirement(spec: LinearSpec) -> str | None:
     return None
 
 
-@register("linear", NAME, priority=30, requirement=_requirement)
+@register("linear", NAME, priority=15, requirement=_requirement)
 def prepare(spec: LinearSpec, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearKernel:
     """Make the kernel; repacks the weight."""
     return XpuInt4Kernel(spec, tensors, bias)
