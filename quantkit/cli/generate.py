@@ -97,15 +97,13 @@ def command(
     ] = 1,
     tensor_parallel: Annotated[
         int,
-        typer.Option(
-            "--tensor-parallel", help="Ranks that share the denoiser's weights.", rich_help_panel=_RANKS
-        ),
+        typer.Option("--tensor-parallel", help="Ranks that share the denoiser's weights.", rich_help_panel=_RANKS),
     ] = 1,
 ) -> None:
     """Generate one image, video or answer with a model, quantized or not.
 
-    Sampling options that are not given come from the recipe that the checkpoint was made with, else from the model's
-    family. With several ranks it starts them itself, or runs as one of those that torchrun has started.
+    Sampling options that are not given come from the recipe that the checkpoint was made with, else from the
+    model's family. With several ranks it starts them itself, or runs as one of those that torchrun has started.
     """
     from quantkit.generate import Request, prepare
     from quantkit.recipe.prompts import Prompt

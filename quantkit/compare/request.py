@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
 from quantkit.compare.shots import Shot
 from quantkit.errors import RecipeError
 from quantkit.recipe.prompts import Prompt

@@ -203,5 +203,3 @@ def _publish(job: Job, write: Callable[[Path], object]) -> None:
         made = staging.work / output.name
         write(made)
         staging.publish(overwrite=job.request.overwrite, content=made)
-
-

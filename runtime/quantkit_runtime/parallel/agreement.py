@@ -16,7 +16,6 @@ from torch import Tensor
 
 from quantkit_runtime.errors import ParallelError
 
-
 Groups = Sequence[dist.ProcessGroup | None]
 
 

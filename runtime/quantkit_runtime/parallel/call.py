@@ -48,8 +48,8 @@ class TensorParallel:
         Without ``generator`` all ranks use one seed that the first rank draws.
 
         Raises:
-            ParallelError: The ranks were called with different arguments or have drifted apart, or the call cannot be
-                run in parallel.
+            ParallelError: The ranks were called with different arguments or have drifted apart, or the call cannot
+                be run in parallel.
         """
         arguments = inspect.signature(type(self.pipeline).__call__).bind(self.pipeline, *args, **kwargs).arguments
         given = {name: value for name, value in arguments.items() if name != "self" and value is not None}

@@ -34,11 +34,12 @@ from quantkit_runtime.errors import ParallelError
 from quantkit_runtime.parallel.call import TensorParallel, Watch, patched
 from quantkit_runtime.parallel.snapshot import State, same, snapshot, thaw
 
+
 class CfgParallel(TensorParallel):
     """A pipeline whose two guidance branches run on the two ranks of a group.
 
-    Where a branch is itself run by several ranks that share the weights (``load_pipeline(tensor_parallel=...)``), each
-    of them exchanges with its counterpart.
+    Where a branch is itself run by several ranks that share the weights (``load_pipeline(tensor_parallel=...)``),
+    each of them exchanges with its counterpart.
 
     Args:
         pipeline: A diffusers pipeline, loaded on every rank.

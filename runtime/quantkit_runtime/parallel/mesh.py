@@ -27,7 +27,9 @@ def make_mesh(device: torch.device, *, cfg: int = 1, tensor: int = 1) -> DeviceM
     if not dist.is_initialized():
         raise ParallelError("no process group: start the ranks with torchrun and call init_process_group first")
     if (world := dist.get_world_size()) != cfg * tensor:
-        raise ParallelError(f"{cfg} branches by {tensor} shares of the weights take {cfg * tensor} ranks, not {world}")
+        raise ParallelError(
+            f"{cfg} branches by {tensor} shares of the weights take {cfg * tensor} ranks, not {world}"
+        )
     # Groups are made by the default group's backend, whichever type of device the mesh names.
     return init_device_mesh(device.type, (cfg, tensor), mesh_dim_names=("cfg", "tensor"))
 

@@ -1,7 +1,7 @@
 """Tensor-parallel plans: which Linears of a model class are cut, and along which features.
 
 diffusers has plans of its own for some classes (``_tp_plan``); they are taken as they are. A key is a module's name
-with ``*`` for the number of a block, and ends in ``?`` where not every model of the class has the module. A value is
+with ``*`` for the number of a block; it ends in ``?`` where not every model of the class has the module. A value is
 the style (`quantkit_runtime.parallel.tensor.Share`) and, for layers whose features are several tensors side by side,
 their proportions: each is cut by itself.
 """

@@ -2,8 +2,8 @@
 
 A plan names the Linears of a model class that are cut by output features (``column``) and those by input features
 (``row``): a pair of them needs one sum over the ranks, after the second. What a rank holds are ordinary layers of
-smaller size, packed or not; the sum is a hook on the second. Of a row layer's bias the first rank has the values and
-the others zeros, so that it is added once.
+smaller size, packed or not; the sum is a hook on the second. Of a row layer's bias the first rank has the values,
+the others have zeros, so that it is added once.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ class Share:
             stored: A slice of ``safetensors``, or a tensor.
         """
         shape = tuple(stored.shape) if isinstance(stored, Tensor) else tuple(stored.get_shape())
-        if suffix == "bias" and self.style == "row":
-            whole: Tensor = stored[:]
+        whole: Tensor
+        if self.style == "row" and suffix == "bias":
+            whole = stored[:]
             return whole if self.first else torch.zeros_like(whole)
-        if self.scheme is not None and self.scheme.group_size == -1 and suffix in ("qzeros", "scales"):
-            if self.style == "row":  # one group over all input features
-                whole = stored[:]
-                return whole
+        if self.style == "row" and suffix in ("qzeros", "scales") and self._is_one_group:
+            whole = stored[:]
+            return whole
         axis, numerator, denominator = self._axis(suffix)
         pieces = [
             stored[
@@ -80,6 +80,10 @@ class Share:
         ]
         part = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=axis)
         return part.contiguous()
+
+    @property
+    def _is_one_group(self) -> bool:
+        return self.scheme is not None and self.scheme.group_size == -1
 
     def _axis(self, suffix: str) -> tuple[int, int, int]:
         """Return the axis that is cut, and the ratio of its entries to features."""
@@ -145,7 +149,7 @@ def shard(
             _refuse(model, cut, cuts, ranks)
     shares = {}
     for cut in cuts:
-        module = model.get_submodule(cut.name)
+        module: Any = model.get_submodule(cut.name)
         if cut.style == "heads":
             module.heads = module.heads // ranks
             continue
@@ -205,8 +209,8 @@ class ShardedRMSNorm(nn.Module):
 
 def _planned(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, tuple[int, ...]]]]:
     """Return every module of a plan with its style and the proportions of its parts."""
-    found = {}
-    modules = dict(model.named_modules())
+    found: dict[str, tuple[nn.Module, tuple[str, tuple[int, ...]]]] = {}
+    modules: dict[str, Any] = dict(model.named_modules())
     for pattern, entry in plan_of(type(model)).items():
         expression = re.compile(re.escape(pattern.removesuffix("?")).replace(r"\*", r"\d+"))
         names = [name for name in modules if expression.fullmatch(name)]
@@ -219,9 +223,7 @@ def _planned(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, tuple[in
     return found
 
 
-def _cut(
-    name: str, module: nn.Module, style: str, proportions: Sequence[int], scheme: Scheme | None
-) -> _Cut:
+def _cut(name: str, module: nn.Module, style: str, proportions: Sequence[int], scheme: Scheme | None) -> _Cut:
     if style == "norm":
         return _Cut(name, "features", style, (int(getattr(module, "weight").shape[0]),))  # noqa: B009
     assert isinstance(module, nn.Linear)
@@ -243,9 +245,10 @@ def _cut(
 
 def _heads(model: nn.Module, columns: set[str]) -> list[_Cut]:
     """Return the attention modules whose heads are divided among the ranks."""
+    modules: dict[str, Any] = dict(model.named_modules())
     return [
-        _Cut(name, "heads", "heads", (int(module.heads),))  # type: ignore[arg-type]
-        for name, module in model.named_modules()
+        _Cut(name, "heads", "heads", (int(module.heads),))
+        for name, module in modules.items()
         if f"{name}.to_q" in columns
     ]
 
