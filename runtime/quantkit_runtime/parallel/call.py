@@ -20,11 +20,14 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 CHECK_EVERY_STEPS = 5
 
 
-class TensorParallel:
-    """A pipeline that was loaded with ``load_pipeline(tensor_parallel=...)``, called on all of its ranks at once.
+class ParallelPipeline:
+    """A pipeline that is called on several ranks at once.
+
+    They share the weights of its denoisers (``load_pipeline(tensor_parallel=...)``) or their tokens (diffusers'
+    context parallelism); which ranks those are is read from the denoisers.
 
     Args:
-        pipeline: A diffusers pipeline; every rank has a part of its denoisers' weights.
+        pipeline: A diffusers pipeline, loaded on every rank.
 
     Raises:
         ParallelError: There is no process group, or the pipeline has no denoiser.
@@ -38,8 +41,7 @@ class TensorParallel:
         if not self._denoisers:
             raise ParallelError(f"{type(pipeline).__name__}: has none of {', '.join(DENOISERS)}")
         self.pipeline = pipeline
-        group = group_of(next(iter(self._denoisers.values())))
-        self._ranks: Groups = () if group is None else (group,)
+        self._ranks: Groups = _groups_of(next(iter(self._denoisers.values())))
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,6 +70,15 @@ class TensorParallel:
         scheduler = self.pipeline.scheduler
         with patched(scheduler, "step", watch.wrap_step(scheduler)):
             yield
+
+
+def _groups_of(denoiser: Any) -> Groups:
+    """Return the groups of the ranks that run a denoiser together."""
+    groups = [group_of(denoiser)]
+    context = getattr(getattr(denoiser, "_parallel_config", None), "context_parallel_config", None)  # diffusers'
+    if context is not None:
+        groups += [context._ring_mesh.get_group(), context._ulysses_mesh.get_group()]
+    return [group for group in groups if group is not None and dist.get_world_size(group) > 1]
 
 
 @contextmanager

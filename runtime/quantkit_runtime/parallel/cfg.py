@@ -31,11 +31,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantkit_runtime.errors import ParallelError
-from quantkit_runtime.parallel.call import TensorParallel, Watch, patched
+from quantkit_runtime.parallel.call import ParallelPipeline, Watch, patched
 from quantkit_runtime.parallel.snapshot import State, same, snapshot, thaw
 
 
-class CfgParallel(TensorParallel):
+class CfgParallel(ParallelPipeline):
     """A pipeline whose two guidance branches run on the two ranks of a group.
 
     Where a branch is itself run by several ranks that share the weights (``load_pipeline(tensor_parallel=...)``),

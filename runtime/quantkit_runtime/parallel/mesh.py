@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from quantkit_runtime.errors import ParallelError
-from quantkit_runtime.parallel.call import TensorParallel
+from quantkit_runtime.parallel.call import ParallelPipeline
 from quantkit_runtime.parallel.cfg import CfgParallel
 
 
@@ -34,7 +34,7 @@ def make_mesh(device: torch.device, *, cfg: int = 1, tensor: int = 1) -> DeviceM
     return init_device_mesh(device.type, (cfg, tensor), mesh_dim_names=("cfg", "tensor"))
 
 
-def parallel_call(pipeline: Any, mesh: DeviceMesh) -> TensorParallel:
+def parallel_call(pipeline: Any, mesh: DeviceMesh) -> ParallelPipeline:
     """Return what calls a pipeline on all ranks of a mesh.
 
     Args:
@@ -42,4 +42,4 @@ def parallel_call(pipeline: Any, mesh: DeviceMesh) -> TensorParallel:
         mesh: From `make_mesh`.
     """
     cfg = mesh["cfg"]
-    return CfgParallel(pipeline, cfg.get_group()) if cfg.size() == 2 else TensorParallel(pipeline)
+    return CfgParallel(pipeline, cfg.get_group()) if cfg.size() == 2 else ParallelPipeline(pipeline)

@@ -2,8 +2,8 @@
 
 diffusers has plans of its own for some classes (``_tp_plan``); they are taken as they are. A key is a module's name
 with ``*`` for the number of a block; it ends in ``?`` where not every model of the class has the module. A value is
-the style (`quantkit_runtime.parallel.tensor.Share`) and, for layers whose features are several tensors side by side,
-their proportions: each is cut by itself.
+the style (`quantkit_runtime.parallel.tensor.Share`) and, where features are several tensors side by side, their
+proportions: each is cut by itself.
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ _OWN: Mapping[str, Mapping[str, Entry]] = {
     "OvisImageTransformer2DModel": _OVIS_IMAGE,
     "WanTransformer3DModel": _WAN,
 }
+COUNTS: Mapping[str, Mapping[str, str]] = {
+    "OvisImageTransformer2DModel": {"single_transformer_blocks.*": "mlp_hidden_dim"},
+}
+"""Attributes that are divided by the ranks, beside the ``heads`` of attention: modules split outputs by them."""
+
 _DIFFUSERS_STYLES = {
     "colwise": "column",
     "rowwise": "row",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from quantkit_runtime.bitstream import WORD_BITS, codes_per_run
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.errors import ParallelError
-from quantkit_runtime.parallel.plans import plan_of
+from quantkit_runtime.parallel.plans import COUNTS, plan_of
 
 MOST_RANKS = 64
 """Up to here the sizes are tried that a message names."""
@@ -106,7 +106,7 @@ class _Cut:
     Attributes:
         name: Of the module.
         what: That is cut, for messages.
-        style: See `Share`; ``heads`` of an attention module.
+        style: See `Share`; ``count`` for an attribute of a module, which ``what`` names.
         parts: Lengths along the axis, each cut by itself.
         unit: What the length of a piece must be a multiple of.
         why: Of the unit, for messages.
@@ -143,15 +143,15 @@ def shard(
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     cuts = [_cut(name, module, *entry, scheme_of(name)) for name, (module, entry) in _planned(model).items()]
-    cuts += _heads(model, {cut.name for cut in cuts if cut.style == "column"})
+    cuts += _counts(model, {cut.name for cut in cuts if cut.style == "column"})
     for cut in cuts:
         if not cut.fits(ranks):
             _refuse(model, cut, cuts, ranks)
     shares = {}
     for cut in cuts:
         module: Any = model.get_submodule(cut.name)
-        if cut.style == "heads":
-            module.heads = module.heads // ranks
+        if cut.style == "count":
+            setattr(module, cut.what, cut.parts[0] // ranks)
             continue
         share = Share(cut.style, _spans(cut.parts, ranks, rank), sum(cut.parts), cut.scheme, rank == 0)
         shares[cut.name] = share
@@ -212,7 +212,7 @@ def _planned(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, tuple[in
     found: dict[str, tuple[nn.Module, tuple[str, tuple[int, ...]]]] = {}
     modules: dict[str, Any] = dict(model.named_modules())
     for pattern, entry in plan_of(type(model)).items():
-        expression = re.compile(re.escape(pattern.removesuffix("?")).replace(r"\*", r"\d+"))
+        expression = _expression(pattern.removesuffix("?"))
         names = [name for name in modules if expression.fullmatch(name)]
         if not names and not pattern.endswith("?"):
             raise ParallelError(
@@ -243,14 +243,19 @@ def _cut(name: str, module: nn.Module, style: str, proportions: Sequence[int], s
     return _Cut(name, what, style, parts, unit, why, scheme)
 
 
-def _heads(model: nn.Module, columns: set[str]) -> list[_Cut]:
-    """Return the attention modules whose heads are divided among the ranks."""
-    modules: dict[str, Any] = dict(model.named_modules())
-    return [
-        _Cut(name, "heads", "heads", (int(module.heads),))
-        for name, module in modules.items()
-        if f"{name}.to_q" in columns
-    ]
+def _counts(model: nn.Module, columns: set[str]) -> list[_Cut]:
+    """Return the attributes that are divided by the ranks: the heads of attention, and those of `COUNTS`."""
+    patterns = {_expression(pattern): what for pattern, what in COUNTS.get(type(model).__name__, {}).items()}
+    cuts = []
+    for name, module in model.named_modules():
+        found = [what for expression, what in patterns.items() if expression.fullmatch(name)]
+        found += ["heads"] if f"{name}.to_q" in columns else []
+        cuts += [_Cut(name, what, "count", (int(getattr(module, what)),)) for what in found]
+    return cuts
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
 
 
 def _refuse(model: nn.Module, cut: _Cut, cuts: Sequence[_Cut], ranks: int) -> None:
