@@ -62,7 +62,8 @@ def launch(function: Callable[..., None], arguments: tuple[Any, ...], ranks: int
     except SignalException as error:
         received = error.sigval
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # One that was killed comes first: the others then fail for want of it, maybe before the agent has seen why.
+        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
         found = ParallelError(f"rank {rank}: {_first_line(failure.message)}")
         found.add_note(_trace(failure.message))
         raise found from None
