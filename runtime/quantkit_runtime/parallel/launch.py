@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import uuid
@@ -18,6 +19,11 @@ from quantkit_runtime.errors import ParallelError
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for another before it gives up."""
 
+_LOGGERS = (
+    "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.elastic.multiprocessing.api",
+    "torch.multiprocessing.spawn",
+)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 
@@ -58,7 +64,8 @@ def launch(function: Callable[..., None], arguments: tuple[Any, ...], ranks: int
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     received: int | None = None
     try:
-        elastic_launch(config, _run_recorded)(function, *arguments)
+        with _silent(*_LOGGERS):  # the error that is raised says the same in one line, its notes the rest
+            elastic_launch(config, _run_recorded)(function, *arguments)
     except SignalException as error:
         received = error.sigval
     except ChildFailedError as error:
@@ -72,6 +79,20 @@ def launch(function: Callable[..., None], arguments: tuple[Any, ...], ranks: int
             signal.signal(number, handler)  # the agent has put its own in their place
         if received is not None:
             signal.raise_signal(received)  # the ranks have ended; now as if there had been no agent
+
+
+@contextmanager
+def _silent(*names: str) -> Iterator[None]:
+    """Keep some loggers quiet for a while."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _run_recorded(function: Callable[..., None], *arguments: Any) -> None:
