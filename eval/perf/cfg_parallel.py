@@ -350,7 +350,7 @@ class Clock:
 
 def tenths(values: list[float]) -> list[float]:
     """Return the nine values that cut a distribution into ten equal parts."""
-    return statistics.quantiles(values, n=10, method="inclusive")
+    return statistics.quantiles(values if len(values) > 1 else values * 2, n=10, method="inclusive")
 
 
 def print_table(runs: dict[str, Any], settings: Settings, ways: list[Variant]) -> None:

@@ -50,8 +50,11 @@ def build_pipeline(
     config = json.loads(CONFIG.read_text(encoding="utf-8"))
     if layers is not None:
         config |= {"num_layers": layers, "num_single_layers": layers}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
-        model = FluxTransformer2DModel.from_config(config).to(torch.bfloat16)
+        model = FluxTransformer2DModel.from_config(config)
+    torch.set_default_dtype(before)
 
     def scheme_of(name: str) -> Scheme | None:
         return SCHEME if packed and name.startswith(BLOCKS) else None
