@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from quantkit_runtime import load_pipeline
+from quantkit_runtime import load_model, load_pipeline
 from quantkit_runtime.errors import ParallelError
 from quantkit_runtime.parallel import make_mesh, parallel_call
 
@@ -156,11 +156,27 @@ def count_blocks(pipe):
     return counts
 
 
+def logits_of(job, mesh=None):
+    """Return a language model's logits for some tokens, and the bytes of its decoder's layers."""
+    shared = None if mesh is None else mesh["tensor"]
+    model = load_model(job["model"], dtype=getattr(torch, job["dtype"]), tensor_parallel=shared)
+    tokens = torch.arange(12).view(1, -1)
+    writer = getattr(model, "thinker", model)
+    with torch.no_grad():
+        logits = writer(input_ids=tokens).logits
+    layers = getattr(writer.model, "language_model", writer.model).layers
+    return logits, sum(tensor.nbytes for tensor in layers.state_dict().values())
+
+
 def main(jobs_path, results):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     for job in json.loads(Path(jobs_path).read_text()):
         mesh = make_mesh(torch.device("cpu"), cfg=job.get("mesh", [2, 1])[0], tensor=job.get("mesh", [2, 1])[1])
+        if job.get("language"):
+            logits, held = logits_of(job, mesh)
+            torch.save({"latents": logits, "held_bytes": held}, Path(results) / f"{job['name']}-rank{rank}.pt")
+            continue
         pipe = prepared(job, mesh)
         counts = count_blocks(pipe)
         found = {}

@@ -15,7 +15,8 @@ from torch import nn
 from quantkit_runtime import W4A16Linear
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.format import packed_tensors
-from quantkit_runtime.parallel.tensor import Share, add_sums, shard
+from quantkit_runtime.parallel.share import Share
+from quantkit_runtime.parallel.tensor import add_sums, shard
 
 CONFIG = (
     Path(__file__).resolve().parents[2]

@@ -108,8 +108,6 @@ def prepare(request: Request) -> Job:
             f"--cfg-parallel: guidance is off, so there is no second branch to run at the same time: "
             f"{family.how_to_guide()}"
         )
-    if family.task == "chat" and ranks > 1:
-        raise UnsupportedModelError(f"--tensor-parallel: {family.name} runs on one rank; leave it out")
     _check_output(request, family.task, sampling)
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
     return Job(request, family.name, seed, sampling, ranks)

@@ -61,14 +61,18 @@ def run(job: Job, on_step: StepCallback | None = None) -> Made | None:
 
     family = get_family(job.family)
     try:
-        if isinstance(family, LanguageFamily):
-            return _answer(job, family, on_step)
-        assert isinstance(family, DiffusionFamily)
         with _ranks(job) as (seed, device, mesh):
             is_first = mesh is None or mesh.get_rank() == 0
-            frames, made = _draw(replace(job, seed=seed), family, device, mesh, on_step if is_first else None)
-            if is_first:
-                _publish(job, lambda path: _write_frames(path, frames, family))
+            on_step = on_step if is_first else None
+            if isinstance(family, LanguageFamily):
+                made = _answer(job, family, device, mesh, on_step)
+                if is_first and job.request.output is not None:
+                    _publish(job, lambda path: path.write_text(f"{made.text}\n", encoding="utf-8"))
+            else:
+                assert isinstance(family, DiffusionFamily)
+                frames, made = _draw(replace(job, seed=seed), family, device, mesh, on_step)
+                if is_first:
+                    _publish(job, lambda path: _write_frames(path, frames, family))
             return made if is_first else None
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
@@ -148,22 +152,20 @@ def _parallel_call(pipeline: Any, mesh: Any) -> Any:
     return parallel_call(pipeline, mesh)
 
 
-def _answer(job: Job, family: LanguageFamily, on_step: StepCallback | None) -> Made:
+def _answer(
+    job: Job, family: LanguageFamily, device: torch.device, mesh: Any, on_step: StepCallback | None
+) -> Made:
     import torch
 
     from quantkit_runtime import load_model
-    from quantkit_runtime.errors import ParallelError
-    from quantkit_runtime.parallel.launch import launched
 
-    if launched():
-        raise ParallelError(f"{family.name}: answers on one rank; start it without torchrun")
-    device = resolve_device(job.request.device)
     model = load_model(
         job.request.model,
         device=device,
         dtype=resolve_dtype(job.request.dtype),
         compute=job.request.compute,
         backend=job.request.backend,
+        tensor_parallel=None if mesh is None else mesh["tensor"],
     )
     writer, processor = family.writer(model), family.load_processor(job.request.model)
     inputs = family.ask(processor, job.request.prompt).to(device)
@@ -183,8 +185,6 @@ def _answer(job: Job, family: LanguageFamily, on_step: StepCallback | None) -> M
         )
     seconds = time.perf_counter() - began
     text = processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    if job.request.output is not None:
-        _publish(job, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     return Made(text, job.seed, count, seconds)
 
 

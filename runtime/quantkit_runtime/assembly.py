@@ -21,7 +21,8 @@ from quantkit_runtime.errors import CheckpointFormatError
 from quantkit_runtime.names import CheckpointNames
 from quantkit_runtime.optional import import_optional
 from quantkit_runtime.packed import PackedLayer
-from quantkit_runtime.parallel.tensor import Share, add_sums, shard
+from quantkit_runtime.parallel.share import Share
+from quantkit_runtime.parallel.tensor import add_sums, shard
 from quantkit_runtime.swap import packed_layers, swap_packed
 
 
@@ -80,6 +81,10 @@ def assemble(
     return model
 
 
+_EXPERT = re.compile(r"\.\d+\.(?=\w+$)")
+"""The number of an expert in front of the name of its projection."""
+
+
 @dataclass(frozen=True)
 class _Loaded:
     """A tensor on its way into the model: its name there, and where it comes from."""
@@ -96,7 +101,8 @@ def _takes(
     takes: dict[str, Callable[[Any], Tensor]] = {}
     for tensor in files.tensors:
         layer, _, suffix = tensor.rpartition(".")
-        share = shares.get(names.module(layer))
+        home = names.module(layer)
+        share = shares.get(home) or shares.get(_EXPERT.sub(".", home))
         if share is not None:
             takes[tensor] = partial(share.take, suffix)
     return takes

@@ -113,6 +113,7 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     compute: str = "auto",
     backend: str = "auto",
+    tensor_parallel: Any = None,
 ) -> nn.Module:
     """Load one model, packed or not: a transformers model, a single diffusers component, or a BAGEL.
 
@@ -122,6 +123,8 @@ def load_model(
         dtype: For all floating weights that are not packed, except those a model class keeps in float32.
         compute: ``"16bit"``, ``"fp8"`` or ``"auto"``, which is ``"16bit"``.
         backend: ``"auto"`` or the name of one kernel backend.
+        tensor_parallel: Ranks that share the weights, packed or not: a process group or a device mesh of one
+            dimension. Every rank must call the model with the same inputs; it gets the same result.
 
     Returns:
         The model on ``device``, in evaluation mode. Its class is the one that ``config.json`` names.
@@ -130,6 +133,7 @@ def load_model(
         CheckpointFormatError: The files are missing, damaged, contradictory or of an unknown kind.
         BackendUnavailableError: Device, compute mode or backend are not available here.
         MissingDependencyError: The library of the model's class is not installed.
+        ParallelError: The model cannot be shared by so many ranks.
     """
     target = _available_device(device)
     folder = _local_folder(path)
@@ -137,8 +141,11 @@ def load_model(
     config = read_json(config_path)
     model_class = class_of(config, config_path)
     quantization = quantization_of(config, config_path)
-    if quantization is not None or is_own(config):
-        return _assemble(folder, model_class, quantization, target, dtype, compute=compute, backend=backend)
+    group = _group(tensor_parallel)
+    if quantization is not None or is_own(config) or group is not None:
+        return _assemble(
+            folder, model_class, quantization, target, dtype, compute=compute, backend=backend, group=group
+        )
     WeightFiles(folder)
     with library_errors(folder):
         model: nn.Module = model_class.from_pretrained(

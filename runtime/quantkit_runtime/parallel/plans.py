@@ -1,9 +1,9 @@
 """Tensor-parallel plans: which Linears of a model class are cut, and along which features.
 
-diffusers has plans of its own for some classes (``_tp_plan``); they are taken as they are. A key is a module's name
-with ``*`` for the number of a block; it ends in ``?`` where not every model of the class has the module. A value is
-the style (`quantkit_runtime.parallel.tensor.Share`) and, where features are several tensors side by side, their
-proportions: each is cut by itself.
+transformers has plans of its own for its models, diffusers for some (``_tp_plan``); they are taken as they are. A
+key is a module's name with ``*`` for the number of a block; it ends in ``?`` where not every model of the class has
+the module. A value is the style (`quantkit_runtime.parallel.share.Share`) and, where features are several tensors
+side by side, their proportions: each is cut by itself.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantkit_runtime.errors import ParallelError
+from quantkit_runtime.names import is_transformers
 
 Entry = tuple[str, tuple[int, ...]]
 
@@ -67,36 +68,54 @@ COUNTS: Mapping[str, Mapping[str, str]] = {
 }
 """Attributes that are divided by the ranks, beside the ``heads`` of attention: modules split outputs by them."""
 
-_DIFFUSERS_STYLES = {
+_DIFFUSERS = {
     "colwise": "column",
     "rowwise": "row",
     "PackedColwiseParallel": "column",
     "PackedRowwiseParallel": "row",
 }
+_TRANSFORMERS = {"colwise": "column", "rowwise": "row", "moe_tp_experts": "experts"}
+_WHOLE = ("talker.",)
+"""Parts of transformers' models that are not cut: they are small and speak one token after the other."""
 
 
 def has_plan(model_class: Any) -> bool:
-    """Whether models of this class can be shared by several ranks."""
+    """Whether diffusers' models of this class can be shared by several ranks."""
     return bool(getattr(model_class, "_tp_plan", None)) or model_class.__name__ in _OWN
 
 
-def plan_of(model_class: Any) -> Mapping[str, Entry]:
-    """Return the plan of a model class.
+def plan_of(model: Any) -> Mapping[str, Entry]:
+    """Return the plan of a model.
 
     Raises:
         ParallelError: It has none.
     """
-    theirs = getattr(model_class, "_tp_plan", None)
+    name, theirs = type(model).__name__, getattr(model, "_tp_plan", None)
+    if theirs and is_transformers(model):
+        return _plan_of_transformers(theirs)
     if theirs:
-        return {key: _translate(style, f"{model_class.__name__}._tp_plan: {key}") for key, style in theirs.items()}
-    if model_class.__name__ not in _OWN:
-        raise ParallelError(f"{model_class.__name__}: has no tensor-parallel plan; run it on one rank")
-    return _OWN[model_class.__name__]
+        return {key: _translate(style, f"{name}._tp_plan: {key}") for key, style in theirs.items()}
+    if name not in _OWN:
+        raise ParallelError(f"{name}: has no tensor-parallel plan; run it on one rank")
+    return _OWN[name]
+
+
+def _plan_of_transformers(theirs: Mapping[str, str]) -> Mapping[str, Entry]:
+    """Take the Linears and fused experts of a plan; embeddings, head and norms stay whole on every rank.
+
+    Such a plan serves all models of a configuration's class, so not every one has all of it.
+    """
+    experts = tuple(f"{key}." for key, style in theirs.items() if _TRANSFORMERS.get(style) == "experts")
+    return {
+        f"{key}?": (_TRANSFORMERS[style], ())
+        for key, style in theirs.items()
+        if style in _TRANSFORMERS and not key.startswith((*_WHOLE, *experts))
+    }
 
 
 def _translate(style: Any, where: str) -> Entry:
     """Turn a style of diffusers into one of ours."""
     name = style if isinstance(style, str) else type(style).__name__
-    if name not in _DIFFUSERS_STYLES:
+    if name not in _DIFFUSERS:
         raise ParallelError(f"{where}: {name!r} is a style that is not known here; use another diffusers")
-    return _DIFFUSERS_STYLES[name], tuple(getattr(style, "blocks", None) or ())
+    return _DIFFUSERS[name], tuple(getattr(style, "blocks", None) or ())
