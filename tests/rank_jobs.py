@@ -102,13 +102,15 @@ def arguments_of(job):
 
 
 def prepared(job, mesh=None):
-    """Load a job's pipeline; a step cache or context parallelism is turned on where the job says so."""
+    """Load a job's pipeline; a step cache, context parallelism or compilation is turned on where it says so."""
     shared = None if mesh is None or job.get("ulysses") else mesh["tensor"]
     dtype = getattr(torch, job.get("dtype", "bfloat16"))
     pipe = load_pipeline(job["model"], dtype=dtype, tensor_parallel=shared)
     pipe.set_progress_bar_config(disable=True)
     if mesh is not None and job.get("ulysses"):
         split_tokens(pipe.transformer, job["mesh"])
+    if mesh is not None and job.get("compile"):
+        pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     if job.get("step_cache"):
         from diffusers import FirstBlockCacheConfig
 

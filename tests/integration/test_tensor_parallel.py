@@ -35,6 +35,7 @@ TWO = [
     {"name": "demo", "model": "demo", "kwargs": DEMO, **SHARED},
     {"name": "demo w4", "model": "demo w4", "kwargs": DEMO, **SHARED},
     {"name": "wan", "model": "wan_t2v", "kwargs": WAN, **SHARED},
+    {"name": "wan, compiled", "model": "wan_t2v", "kwargs": WAN, **SHARED, "compile": True},
     {"name": "wan w4", "model": "wan_t2v w4", "kwargs": WAN, **SHARED},
     {"name": "glm w4", "model": "glm_image w4", "kwargs": GLM, **SHARED},
     {"name": "ovis w4", "model": "ovis_image w4", "kwargs": GUIDED, **SHARED},
