@@ -56,6 +56,11 @@ class Variant:
     cfg: int
     tensor: int
 
+    @property
+    def ranks(self) -> int:
+        """Ranks that take part."""
+        return self.cfg * self.tensor
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -139,17 +144,15 @@ def versions() -> dict[str, str]:
 
 
 def run_all(settings: Settings, ways: list[Variant]) -> dict[str, Any]:
-    """Measure every variant in processes of its own; return what the first rank of each found."""
+    """Measure every variant in the same processes; return what the first rank found."""
     from quantkit_runtime.parallel.launch import launch
 
-    runs = {}
     with tempfile.TemporaryDirectory() as folder:
         if settings.model == "demo":
             round_weights(DEMO, Path(folder, "packed"))
-        for way in ways:
-            launch(measure, (folder, settings, way), way.cfg * way.tensor)
-            runs[way.name] = json.loads(Path(folder, "rank0.json").read_text(encoding="utf-8"))
-    return runs
+        launch(measure, (folder, settings, ways), max(way.ranks for way in ways))
+        found: dict[str, Any] = json.loads(Path(folder, "rank0.json").read_text(encoding="utf-8"))
+    return found
 
 
 def round_weights(source: Path, target: Path) -> None:
@@ -179,42 +182,107 @@ def round_weights(source: Path, target: Path) -> None:
     config.write_text(json.dumps(described), encoding="utf-8")
 
 
-def measure(folder: str, settings: Settings, way: Variant) -> None:
-    """Run in a rank: generate, and leave what the first rank found in a file."""
+def measure(folder: str, settings: Settings, ways: list[Variant]) -> None:
+    """Run in a rank: generate in every way, and leave what the first rank found in a file.
+
+    Small models take turns, round by round, so that other work on the machine slows all of them alike; large ones
+    are loaded one after the other.
+    """
     import torch
     import torch.distributed as dist
 
-    from quantkit_runtime.parallel import make_mesh, parallel_call
     from quantkit_runtime.parallel.launch import device_of_rank, joined
 
     torch.set_num_threads(1)
     device = device_of_rank(settings.device)
-    with joined(device):
-        mesh = make_mesh(device, cfg=way.cfg, tensor=way.tensor)
-        pipe, arguments = load(folder, settings, way, device, mesh)
-        if settings.compile:
-            pipe.transformer.compile_repeated_blocks()
-        call = parallel_call(pipe, mesh) if mesh.size() > 1 else pipe
-        clock = Clock(device, watch=not settings.compile)
-        with torch.no_grad(), clock.watching_exchange():
-            for round_ in range(settings.rounds + WARM_UP):
-                clock.start(count=round_ >= WARM_UP)
-                latents = call(
-                    **arguments, height=settings.size, width=settings.size, num_inference_steps=settings.steps,
-                    true_cfg_scale=2.0, generator=torch.Generator().manual_seed(round_),
-                    callback_on_step_end=clock.step, output_type="latent",
-                ).images  # fmt: skip
-        if not bool(latents.isfinite().all()):
-            raise ValueError(f"{way.name}: the latents are not finite")
+    with joined(device), torch.no_grad():
+        runs = {way.name: Run(folder, settings, way, device) for way in ways}
+        turns = range(settings.rounds + WARM_UP)
+        if settings.model == "demo":
+            for run in runs.values():
+                run.load()
+            for turn in turns:
+                for run in runs.values():
+                    run.generate(turn)
+        else:
+            for run in runs.values():
+                run.load()
+                for turn in turns:
+                    run.generate(turn)
+                run.unload()
         if dist.get_rank() == 0:
-            found = {
-                "times": clock.times(),
-                "weight_bytes": sum(tensor.nbytes for tensor in pipe.transformer.state_dict().values()),
-                "peak_bytes": peak_bytes(device),
-                "device": name_of(device),
-                "collectives": dist.get_backend(),
-            }
+            found = {name: run.found() for name, run in runs.items()}
             Path(folder, "rank0.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+class Run:
+    """One variant on this rank; ranks that it has no use for wait."""
+
+    def __init__(self, folder: str, settings: Settings, way: Variant, device: Any) -> None:
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import DeviceMesh
+
+        self._folder, self._settings, self._way, self._device = folder, settings, way, device
+        ranks = torch.arange(way.ranks).view(way.cfg, way.tensor)
+        self._mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("cfg", "tensor"))
+        self._takes_part = dist.get_rank() < way.ranks
+        self._clock = Clock(device, watch=not settings.compile)
+        self._weight_bytes = 0
+        self._peak_bytes: int | None = None
+
+    def load(self) -> None:
+        """Load the model."""
+        from quantkit_runtime.parallel import parallel_call
+
+        reset_peak(self._device)
+        if not self._takes_part:
+            return
+        pipe, self._arguments = load(self._folder, self._settings, self._way, self._device, self._mesh)
+        if self._settings.compile:
+            pipe.transformer.compile_repeated_blocks()
+        self._call = parallel_call(pipe, self._mesh) if self._way.ranks > 1 else pipe
+        self._weight_bytes = sum(tensor.nbytes for tensor in pipe.transformer.state_dict().values())
+
+    def generate(self, turn: int) -> None:
+        """Generate once; the first turn warms up."""
+        import torch
+        import torch.distributed as dist
+
+        if self._takes_part:
+            size = self._settings.size
+            self._clock.start(count=turn >= WARM_UP)
+            with self._clock.watching_exchange():
+                latents = self._call(
+                    **self._arguments, height=size, width=size, num_inference_steps=self._settings.steps,
+                    true_cfg_scale=2.0, generator=torch.Generator().manual_seed(turn),
+                    callback_on_step_end=self._clock.step, output_type="latent",
+                ).images  # fmt: skip
+            if not bool(latents.isfinite().all()):
+                raise ValueError(f"{self._way.name}: the latents are not finite")
+        dist.barrier()
+
+    def unload(self) -> None:
+        """Let go of the model."""
+        import torch
+
+        self._peak_bytes = peak_bytes(self._device)
+        self._call = self._arguments = None
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).empty_cache()
+
+    def found(self) -> dict[str, Any]:
+        """Return times and sizes, JSON-ready."""
+        import torch.distributed as dist
+
+        return {
+            "times": self._clock.times(),
+            "rounds_ms": self._clock.rounds(),
+            "weight_bytes": self._weight_bytes,
+            "peak_bytes": self._peak_bytes,
+            "device": name_of(self._device),
+            "collectives": dist.get_backend(),
+        }
 
 
 def load(folder: str, settings: Settings, way: Variant, device: Any, mesh: Any) -> tuple[Any, dict[str, Any]]:
@@ -241,6 +309,14 @@ def load(folder: str, settings: Settings, way: Variant, device: Any, mesh: Any) 
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe, {"prompt": list(PROMPTS), "negative_prompt": "", "max_sequence_length": 48}
+
+
+def reset_peak(device: Any) -> None:
+    """Begin to measure the most memory anew."""
+    import torch
+
+    if device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: Any) -> int | None:
@@ -274,12 +350,15 @@ class Clock:
         self._later: list[float] = []
         self._exchange: list[float] = []
         self._marks: list[tuple[Any, Any]] = []
+        self._rounds: list[list[float]] = []
         self._began = 0.0
         self._count = self._is_first = False
 
     def start(self, *, count: bool) -> None:
         """Begin a generation."""
         self._count, self._is_first = count, True
+        if count:
+            self._rounds.append([])
         self._began = self._now()
         self._marks.clear()
 
@@ -289,6 +368,7 @@ class Clock:
         if self._count:
             (self._first if self._is_first else self._later).append((now - self._began) * 1e3)
             if not self._is_first:
+                self._rounds[-1].append((now - self._began) * 1e3)
                 self._exchange.append(sum(self._elapsed_ms(*mark) for mark in self._marks))
         self._marks.clear()
         self._is_first, self._began = False, self._now()
@@ -340,6 +420,10 @@ class Clock:
     def _elapsed_ms(self, began: Any, ended: Any) -> float:
         return (ended - began) * 1e3 if self._device.type == "cpu" else float(began.elapsed_time(ended))
 
+    def rounds(self) -> list[float]:
+        """Return the median step of every generation, the first step aside, in milliseconds."""
+        return [statistics.median(steps) for steps in self._rounds]
+
     def times(self) -> dict[str, dict[str, float]]:
         """Return median and 10 to 90 % range, in milliseconds."""
         return {
@@ -368,20 +452,21 @@ def print_table(runs: dict[str, Any], settings: Settings, ways: list[Variant]) -
             f"{name:28}{later['median']:10.1f}{spread:>18}{exchange:>10}{run['weight_bytes'] / 1e9:13.3f}{peak:>10}"
         )
     for before, after in ((ways[0], ways[1]), (ways[2], ways[3])):
-        one, two = runs[before.name]["times"], runs[after.name]["times"]
-        step, steps = ratio(one["later"], two["later"]), settings.steps
+        low, middle, high = ratios(runs[before.name]["rounds_ms"], runs[after.name]["rounds_ms"])
+        one, two, steps = runs[before.name]["times"], runs[after.name]["times"], settings.steps
         whole = (one["first"]["median"] + one["later"]["median"] * (steps - 1)) / (
             two["first"]["median"] + two["later"]["median"] * (steps - 1)
         )
         print(
-            f"{after.name} against {before.name}: a step {step[1]:.2f} times faster "
-            f"({step[0]:.2f} to {step[2]:.2f}), {steps} steps with the first {whole:.2f} times"
+            f"{after.name} against {before.name}: a step {middle:.2f} times faster ({low:.2f} to {high:.2f}), "
+            f"{steps} steps with the first {whole:.2f} times"
         )
 
 
-def ratio(before: dict[str, float], after: dict[str, float]) -> tuple[float, float, float]:
-    """Return the ratio of two medians between the ratios of quick to slow and of slow to quick steps."""
-    return before["p10"] / after["p90"], before["median"] / after["median"], before["p90"] / after["p10"]
+def ratios(before: list[float], after: list[float]) -> tuple[float, float, float]:
+    """Return 10 %, median and 90 % of the ratios of every round of one to the same round of the other."""
+    found = [one / two for one, two in zip(before, after, strict=True)]
+    return tenths(found)[0], statistics.median(found), tenths(found)[-1]
 
 
 if __name__ == "__main__":
