@@ -183,7 +183,7 @@ def main(jobs_path, results):
         counts = count_blocks(pipe)
         found = {}
         try:
-            parallel = parallel_call(pipe, mesh)
+            parallel = torch.no_grad()(pipe.__call__) if job.get("direct") else parallel_call(pipe, mesh)
             for round_ in range(job.get("repeat", 1)):
                 output = parallel(**arguments_of(job), output_type="latent")
                 if round_ == WARM_UP_ROUNDS:

@@ -52,7 +52,8 @@ FOUR = [
     {"name": "ovis w4, both", "model": "ovis_image w4", "kwargs": GUIDED, **BOTH},
     {"name": "tokens w4, both", "model": "demo w4", "kwargs": DEMO, **BOTH, "ulysses": True},
 ]
-REFUSED = {"other seed on rank 1": {"model": "demo", "kwargs": DEMO, **SHARED, "on_rank_1": {"seed": 4}}}
+OTHER_SEED = {"model": "demo", "kwargs": DEMO, **SHARED, "on_rank_1": {"seed": 4}}
+REFUSED = {"other seed on rank 1": OTHER_SEED, "other seed, direct": {**OTHER_SEED, "direct": True}}
 NO_SEED = {"name": "no seed", "model": "demo", "kwargs": {k: v for k, v in DEMO.items() if k != "seed"}, **BOTH}
 
 
@@ -151,6 +152,11 @@ def test_without_a_seed_all_four_ranks_use_the_one_that_was_drawn(ranks):
 def test_different_arguments_are_refused_on_every_rank(ranks):
     for rank in ranks["other seed on rank 1"]:
         assert rank["error"].startswith("generator: not the same on all ranks")
+
+
+def test_a_pipeline_called_past_what_keeps_its_ranks_in_step_notices_different_noise(ranks):
+    for rank in ranks["other seed, direct"]:
+        assert rank["error"].startswith("the ranks call the model with different inputs; call the pipeline through")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ Ranks are given as groups, one along each dimension of their mesh: what goes alo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -83,7 +83,7 @@ def shared_seed(groups: Groups, seed: int | None = None) -> int:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Return an int64 scalar, on the tensor's device, that depends on every bit of a floating tensor.
+    """Return an int64 scalar, on the tensor's device, that depends on every bit of a tensor of 16 bits or more.
 
     Not cryptographic: it is cheap, exact, and independent of the order in which a device adds.
     """
@@ -91,6 +91,31 @@ def checksum(tensor: Tensor) -> Tensor:
     bits = tensor.detach().contiguous().view(width).flatten().to(torch.int64)
     places = torch.arange(bits.numel(), device=bits.device) % 8191 + 1
     return (bits * places).sum()
+
+
+def check_same_inputs(inputs: Iterable[Any], groups: Groups) -> None:
+    """Compare what a model is called with across ranks by checksums; waits for the device.
+
+    Args:
+        inputs: Arguments of the call; what is no tensor of 16 bits or more is passed over.
+        groups: The ranks that must agree.
+
+    Raises:
+        ParallelError: On every rank, if they differ.
+    """
+    tensors = [value for value in inputs if isinstance(value, Tensor) and value.element_size() > 1]
+    if not tensors:
+        return
+    sums = torch.stack([checksum(tensor) for tensor in tensors])
+    both = torch.cat([sums, -sums])
+    for group in groups:
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    largest, negated_smallest = both.chunk(2)
+    if not torch.equal(largest, -negated_smallest):
+        raise ParallelError(
+            "the ranks call the model with different inputs; call the pipeline through "
+            "quantkit_runtime.parallel.parallel_call, or give every rank the same arguments and seed"
+        )
 
 
 def check_same_latents(latents: Tensor, suspicion: Tensor, step: int, groups: Groups) -> None:

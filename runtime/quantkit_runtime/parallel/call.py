@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quantkit_runtime.errors import ParallelError
 from quantkit_runtime.parallel.agreement import Groups, check_same_arguments, check_same_latents, shared_seed
-from quantkit_runtime.parallel.tensor import group_of
+from quantkit_runtime.parallel.tensor import WATCHED, group_of
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 CHECK_EVERY_STEPS = 5
@@ -68,7 +68,10 @@ class ParallelPipeline:
     def _wrapped(self, watch: Watch) -> Iterator[None]:
         """Put what watches, or does, the work of several ranks around the methods of the pipeline's parts."""
         scheduler = self.pipeline.scheduler
-        with patched(scheduler, "step", watch.wrap_step(scheduler)):
+        with ExitStack() as stack:
+            for module in self._denoisers.values():
+                stack.enter_context(patched(module, WATCHED, True))
+            stack.enter_context(patched(scheduler, "step", watch.wrap_step(scheduler)))
             yield
 
 
@@ -82,8 +85,8 @@ def _groups_of(denoiser: Any) -> Groups:
 
 
 @contextmanager
-def patched(target: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
-    """Put a function in the place of a method of one object for a while."""
+def patched(target: Any, name: str, replacement: Any) -> Iterator[None]:
+    """Put something in the place of an attribute or a method of one object for a while."""
     own = vars(target)
     before = own.get(name)
     own[name] = replacement

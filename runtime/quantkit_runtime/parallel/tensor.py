@@ -16,8 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantkit_runtime.experts import PROJECTIONS
+from quantkit_runtime.parallel.agreement import check_same_inputs
 from quantkit_runtime.parallel.cuts import Cut, SchemeOf, list_cuts
 from quantkit_runtime.parallel.share import Share
+
+WATCHED = "inputs_are_watched"
+"""Attribute of a model whose ranks are kept in step by its caller."""
 
 
 def shard(model: nn.Module, group: dist.ProcessGroup, scheme_of: SchemeOf) -> dict[str, Share]:
@@ -65,6 +69,13 @@ def add_sums(model: nn.Module, shares: Mapping[str, Share], group: dist.ProcessG
             summed = modules[name] if name in modules else modules[name.rpartition(".")[0]]
             summed.register_forward_hook(add_up)
     model.tensor_parallel_group = group  # type: ignore[assignment]
+    model.register_forward_pre_hook(_check_inputs, with_kwargs=True)
+
+
+def _check_inputs(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Refuse what gives nonsense: ranks that share weights and draw different things."""
+    if not (getattr(model, WATCHED, False) or torch.compiler.is_compiling()):
+        check_same_inputs((*inputs, *named.values()), (group_of(model),))
 
 
 def group_of(module: Any) -> dist.ProcessGroup | None:
