@@ -99,6 +99,14 @@ def command(
         int,
         typer.Option("--tensor-parallel", help="Ranks that share the denoiser's weights.", rich_help_panel=_RANKS),
     ] = 1,
+    replicas: Annotated[
+        int,
+        typer.Option(
+            "--replicas",
+            help="Ranks that draw each on their own, with this seed and the next ones.",
+            rich_help_panel=_RANKS,
+        ),
+    ] = 1,
 ) -> None:
     """Generate one image, video or answer with a model, quantized or not.
 
@@ -141,6 +149,7 @@ def command(
             backend=backend,
             cfg_parallel=cfg_parallel,
             tensor_parallel=tensor_parallel,
+            replicas=replicas,
             overwrite=overwrite,
         )
     )
@@ -165,13 +174,13 @@ def run_rank(job: Job) -> None:
         made = run(job, lambda step, steps: bar("generating", step, steps, f"{unit} {step} of {steps}"))
     if made is None:
         return
-    if job.request.output is None:
+    if made.output is None:
         assert made.text is not None
         output.print(made.text, markup=False, highlight=False, soft_wrap=True)
         return
     seed = "" if made.text is not None else f"seed {made.seed}, "
     errors.print(f"{seed}{made.steps} {unit}s in {made.seconds:.1f} s", highlight=False, soft_wrap=True)
-    output.print(str(job.request.output), markup=False, highlight=False, soft_wrap=True)
+    output.print(str(made.output), markup=False, highlight=False, soft_wrap=True)
 
 
 def _recipe(model: str, folder: Path, given: str | None) -> LoadedRecipe | None:

@@ -40,6 +40,8 @@ class Request:
         backend: Kernel backend of packed layers.
         cfg_parallel: 2 runs the two branches of guidance on two ranks, 1 does not.
         tensor_parallel: Ranks that share the weights of the denoiser.
+        replicas: Ranks that generate each on their own, with seeds that follow one another; each output has its
+            seed in its name.
         overwrite: Whether an existing output is replaced.
     """
 
@@ -54,6 +56,7 @@ class Request:
     backend: str = "auto"
     cfg_parallel: int = 1
     tensor_parallel: int = 1
+    replicas: int = 1
     overwrite: bool = False
 
 
@@ -79,6 +82,13 @@ class Job:
     def call_kwargs(self) -> dict[str, Any]:
         """Sampling as arguments of the model's call."""
         return get_family(self.family).call_kwargs(self.sampling)
+
+    def output_of(self, replica: int) -> Path | None:
+        """Return what a replica writes; that is the output where there is but one."""
+        output = self.request.output
+        if output is None or self.request.replicas == 1:
+            return output
+        return output.with_name(f"{output.stem}-seed{self.seed + replica}{output.suffix}")
 
 
 def prepare(request: Request) -> Job:
@@ -106,11 +116,15 @@ def prepare(request: Request) -> Job:
     if request.cfg_parallel > 1 and not family.is_guided(sampling):
         raise UnsupportedModelError(
             f"--cfg-parallel: guidance is off, so there is no second branch to run at the same time: "
-            f"{family.how_to_guide()}"
+            f"{family.how_to_guide()}; --replicas 2 draws two seeds at once"
         )
-    _check_output(request, family.task, sampling)
+    if request.replicas > 1 and family.task == "chat":
+        raise UnsupportedModelError(f"--replicas: {family.name} answers the same with every seed; leave it out")
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
-    return Job(request, family.name, seed, sampling, ranks)
+    job = Job(request, family.name, seed, sampling, ranks)
+    for replica in range(request.replicas):
+        _check_output(request, job.output_of(replica), family.task, sampling)
+    return job
 
 
 def _count_ranks(request: Request) -> int:
@@ -118,7 +132,12 @@ def _count_ranks(request: Request) -> int:
         raise RecipeError(f"--cfg-parallel: must be 1 or 2, one rank for each branch, not {request.cfg_parallel}")
     if request.tensor_parallel < 1:
         raise RecipeError(f"--tensor-parallel: must be at least 1, not {request.tensor_parallel}")
-    return request.cfg_parallel * request.tensor_parallel
+    if request.replicas < 1:
+        raise RecipeError(f"--replicas: must be at least 1, not {request.replicas}")
+    together = request.cfg_parallel * request.tensor_parallel
+    if request.replicas > 1 and together > 1:
+        raise RecipeError("--replicas: each is one rank; leave out --cfg-parallel and --tensor-parallel")
+    return together * request.replicas
 
 
 def _check_inputs(prompt: Prompt, name: str, task: str) -> None:
@@ -135,8 +154,7 @@ def _check_inputs(prompt: Prompt, name: str, task: str) -> None:
         raise RecipeError(f"--image: {name} starts from a picture; give one")
 
 
-def _check_output(request: Request, task: str, sampling: Sampling) -> None:
-    output = request.output
+def _check_output(request: Request, output: Path | None, task: str, sampling: Sampling) -> None:
     suffixes = {"t2i": IMAGE_SUFFIXES, "chat": TEXT_SUFFIXES}.get(task, VIDEO_SUFFIXES)
     known = " or ".join(suffix or "a folder (no suffix)" for suffix in suffixes)
     if output is None:

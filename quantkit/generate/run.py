@@ -29,12 +29,14 @@ class Made:
 
     Attributes:
         text: The answer; None of an image or video.
+        output: What was written; None of an answer that was not.
         seed: Of the noise.
         steps: Denoising steps, or tokens.
         seconds: From call to output, without loading.
     """
 
     text: str | None
+    output: Path | None
     seed: int
     steps: int
     seconds: float
@@ -50,7 +52,7 @@ def run(job: Job, on_step: StepCallback | None = None) -> Made | None:
         on_step: Called in the first rank.
 
     Returns:
-        None in all ranks but the first.
+        None in ranks that help another one.
 
     Raises:
         QuantkitError: The model cannot be loaded or does not fit, it refuses an argument, what it gives is not
@@ -61,42 +63,51 @@ def run(job: Job, on_step: StepCallback | None = None) -> Made | None:
 
     family = get_family(job.family)
     try:
-        with _ranks(job) as (seed, device, mesh):
+        with _ranks(job) as (seed, replica, device, mesh):
             is_first = mesh is None or mesh.get_rank() == 0
-            on_step = on_step if is_first else None
+            on_step = on_step if is_first and not replica else None
+            output = job.output_of(replica)
             if isinstance(family, LanguageFamily):
                 made = _answer(job, family, device, mesh, on_step)
-                if is_first and job.request.output is not None:
-                    _publish(job, lambda path: path.write_text(f"{made.text}\n", encoding="utf-8"))
+                if is_first and output is not None:
+                    _publish(job, output, lambda path: path.write_text(f"{made.text}\n", encoding="utf-8"))
             else:
                 assert isinstance(family, DiffusionFamily)
+                assert output is not None
                 frames, made = _draw(replace(job, seed=seed), family, device, mesh, on_step)
                 if is_first:
-                    _publish(job, lambda path: _write_frames(path, frames, family))
-            return made if is_first else None
+                    _publish(job, output, lambda path: _write_frames(path, frames, family))
+            return replace(made, output=output) if is_first else None
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise QuantkitError(f"{job.request.model}: does not fit into memory: {reason}") from error
 
 
 @contextmanager
-def _ranks(job: Job) -> Iterator[tuple[int, torch.device, Any]]:
-    """Join the other ranks of a job, if it has any; yield the seed, this rank's device and the mesh."""
+def _ranks(job: Job) -> Iterator[tuple[int, int, torch.device, Any]]:
+    """Join the other ranks of a job, if it has any; yield seed, replica, this rank's device and the mesh."""
     from quantkit_runtime.parallel.launch import device_of_rank, joined, launched
 
     device = resolve_device(job.request.device)
     if job.ranks == 1 and not launched():
-        yield job.seed, device, None
+        yield job.seed, 0, device, None
         return
+    import torch.distributed as dist
+
     from quantkit_runtime.parallel.agreement import check_same_arguments, shared_seed
     from quantkit_runtime.parallel.mesh import make_mesh
 
     device = device_of_rank(device.type)
     with joined(device):
-        mesh = make_mesh(device, cfg=job.request.cfg_parallel, tensor=job.request.tensor_parallel)
-        everyone = (None,)
-        check_same_arguments(vars(job.request), everyone)
-        yield shared_seed(everyone, job.seed), device, mesh
+        request, everyone = job.request, (None,)
+        # Replicas are rows of their own, which need nothing of each other.
+        mesh = make_mesh(device, cfg=request.cfg_parallel * request.replicas, tensor=request.tensor_parallel)
+        check_same_arguments(vars(request), everyone)
+        seed = shared_seed(everyone, job.seed)
+        if request.replicas > 1:
+            yield seed + dist.get_rank(), dist.get_rank(), device, None
+        else:
+            yield seed, 0, device, mesh
 
 
 def _draw(
@@ -138,7 +149,7 @@ def _draw(
             )
     except ValueError as error:  # of the checks that begin every call in diffusers
         raise RecipeError(f"sampling: {type(pipeline).__name__} refuses it: {error}") from error
-    made = Made(None, job.seed, steps, time.perf_counter() - began)
+    made = Made(None, None, job.seed, steps, time.perf_counter() - began)
     # A pipeline gives a list of images or of videos; one of either was asked for.
     frames = np.asarray(output.images if hasattr(output, "images") else output.frames[0], dtype=np.float32)
     if not np.isfinite(frames).all():
@@ -185,7 +196,7 @@ def _answer(
         )
     seconds = time.perf_counter() - began
     text = processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return Made(text, job.seed, count, seconds)
+    return Made(text, None, job.seed, count, seconds)
 
 
 def _write_frames(path: Path, frames: np.ndarray, family: DiffusionFamily) -> None:
@@ -195,10 +206,8 @@ def _write_frames(path: Path, frames: np.ndarray, family: DiffusionFamily) -> No
         write_video(path, frames, family.frames_per_second)
 
 
-def _publish(job: Job, write: Callable[[Path], object]) -> None:
+def _publish(job: Job, output: Path, write: Callable[[Path], object]) -> None:
     """Write the output beside its place and give it its name when it is complete."""
-    output = job.request.output
-    assert output is not None
     with stage(output, overwrite=job.request.overwrite, need_bytes=0, marker=marker_of(output)) as staging:
         made = staging.work / output.name
         write(made)

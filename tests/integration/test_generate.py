@@ -145,6 +145,18 @@ def test_two_ranks_draw_what_one_draws_and_only_one_of_them_talks(run, tmp_path)
 
 
 @pytest.mark.multi_rank
+def test_replicas_draw_seeds_that_follow_one_another(run, tmp_path):
+    both = start(*DEMO, "--replicas", 2, "--output", tmp_path / "a.png")
+    output, errors = both.communicate(timeout=300)
+    assert both.returncode == 0, errors
+    files = [tmp_path / f"a-seed{seed}.png" for seed in (3, 4)]
+    assert sorted(output.split()) == sorted(map(str, files))
+    assert sorted(tmp_path.iterdir()) == files
+    run(*[argument if argument != "3" else "4" for argument in DEMO], "--output", tmp_path / "four.png")
+    assert np.array_equal(pixels(files[1]), pixels(tmp_path / "four.png"))
+
+
+@pytest.mark.multi_rank
 def test_ranks_of_torchrun_that_are_asked_for_different_things_refuse(tmp_path):
     script = tmp_path / "each.sh"
     command = [sys.executable, "-m", "quantkit.cli.main", "generate", "demo", "--prompt", "red", "--device", "cpu"]

@@ -42,4 +42,4 @@ def parallel_call(pipeline: Any, mesh: DeviceMesh) -> ParallelPipeline:
         mesh: From `make_mesh`.
     """
     cfg = mesh["cfg"]
-    return CfgParallel(pipeline, cfg.get_group()) if cfg.size() == 2 else ParallelPipeline(pipeline)
+    return ParallelPipeline(pipeline) if cfg.size() == 1 else CfgParallel(pipeline, cfg.get_group())

@@ -34,6 +34,12 @@ REFUSED = {
     "backend": ({"backend": "marlin"}, RecipeError, "backend: 'marlin' is unknown"),
     "three branches": ({"cfg_parallel": 3}, RecipeError, "--cfg-parallel: must be 1 or 2"),
     "no rank": ({"tensor_parallel": 0}, RecipeError, "--tensor-parallel: must be at least 1"),
+    "no replica": ({"replicas": 0}, RecipeError, "--replicas: must be at least 1"),
+    "replicas of several ranks": (
+        {"replicas": 2, "tensor_parallel": 2},
+        RecipeError,
+        "--replicas: each is one rank; leave out",
+    ),
     "no guidance": (
         {"cfg_parallel": 2},
         UnsupportedModelError,
