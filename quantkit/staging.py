@@ -39,23 +39,25 @@ class Staging:
         self.content.mkdir()
         self.work.mkdir()
 
-    def publish(self, *, overwrite: bool) -> None:
+    def publish(self, *, overwrite: bool, content: Path | None = None) -> None:
         """Give the finished content the output's name.
 
         Args:
             overwrite: Replace an existing output; it is removed only after the new one is in place.
+            content: What becomes the output where that is not the folder ``content``, e.g. a file in ``work``.
 
         Raises:
             OutputError: If the output has come into being meanwhile and overwrite is off.
         """
-        _sync(self.content)
+        content = content or self.content
+        _sync(content)
         replaced: Path | None = None
         if os.path.lexists(self.output):
             if not overwrite:
                 raise OutputError(f"{self.output}: exists by now; give another --output or --overwrite")
             replaced = Path(tempfile.mkdtemp(prefix=_prefix(self.output, "replaced"), dir=self.output.parent))
             self.output.rename(replaced / "output")
-        self.content.rename(self.output)
+        content.rename(self.output)
         _sync_entry(self.output.parent)
         if replaced is not None:
             shutil.rmtree(replaced)

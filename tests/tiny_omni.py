@@ -162,7 +162,7 @@ def build_qwen2_5_omni(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def build_qwen3_omni(folder: Path, *, seed: int = 0) -> Path:
+def build_qwen3_omni(folder: Path, *, seed: int = 0, kv_heads: int = 1) -> Path:
     """Save a random Qwen3-Omni: 2 thinker layers 128 wide of 4 experts each, of which a token takes 2."""
     from transformers import Qwen3OmniMoeConfig, Qwen3OmniMoeForConditionalGeneration, Qwen3OmniMoeProcessor
 
@@ -191,7 +191,7 @@ def build_qwen3_omni(folder: Path, *, seed: int = 0) -> Path:
     config = Qwen3OmniMoeConfig(
         thinker_config={
             **multimodal,
-            "text_config": {**text, "vocab_size": len(tokenizer)},
+            "text_config": {**text, "num_key_value_heads": kv_heads, "vocab_size": len(tokenizer)},
             "vision_config": {
                 "depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "patch_size": 16,
                 "out_hidden_size": HIDDEN, "num_position_embeddings": 64, "deepstack_visual_indexes": [0],

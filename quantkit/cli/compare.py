@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantkit.cli.console import new_table, output, show_log
 from quantkit.cli.models import resolve_model
 from quantkit.cli.progress import Bar
-from quantkit.errors import MissingExtraError, RecipeError
+from quantkit.cli.sampling import sampling_of, silence_libraries
+from quantkit.errors import RecipeError
 
 if TYPE_CHECKING:
     from quantkit.compare.result import Comparison
     from quantkit.compare.shots import Progress
     from quantkit.recipe import LoadedRecipe
     from quantkit.recipe.prompts import Prompt
-    from quantkit.recipe.schema import Sampling, Task
+    from quantkit.recipe.schema import Task
 
 EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 _COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
@@ -140,7 +141,7 @@ def command(
     loaded = load_recipe(find_recipe(recipe)) if recipe is not None else recipe_of(candidate_folder)
     if reference is None and loaded is None:
         raise RecipeError("--reference: give the model to compare with, or a recipe that names it")
-    flags = _sampling(
+    flags = sampling_of(
         height=height,
         width=width,
         num_frames=num_frames,
@@ -187,7 +188,7 @@ def command(
         recipe_sha256=loaded.sha256 if loaded is not None else None,
         command=("quantkit", *sys.argv[1:]),
     )
-    _silence_libraries()
+    silence_libraries()
     if compile_blocks:
         show_log("quantkit_runtime")
     with Bar() as bar:
@@ -197,33 +198,6 @@ def command(
     _print_result(result, output_folder)
     if gate:
         raise typer.Exit(EXIT_CODES[result.verdict.outcome])
-
-
-def _silence_libraries() -> None:
-    """Keep the bars that diffusers and transformers draw while loading out of ours."""
-    try:
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
-    except ImportError as error:
-        raise MissingExtraError(error.name or "diffusers", "eval") from error
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-
-
-def _sampling(**options: Any) -> Sampling:
-    from pydantic import ValidationError
-
-    from quantkit.recipe.schema import Sampling
-
-    try:
-        return Sampling(**options)
-    except ValidationError as error:
-        raise RecipeError(
-            *(
-                f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}, not {problem['input']}"
-                for problem in error.errors()
-            )
-        ) from error
 
 
 def _label(model: str) -> str:

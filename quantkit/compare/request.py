@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from quantkit.compare.shots import Shot
-from quantkit.errors import MissingExtraError, RecipeError
+from quantkit.errors import RecipeError
 from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling, Task, Threshold
-
-if TYPE_CHECKING:
-    import torch
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,7 @@ class Request:
         thresholds: Bounds per metric; empty takes the task's `DEFAULT_THRESHOLDS`.
         thresholds_source: Where the thresholds come from, for messages and the report.
         device: ``cpu``, ``cuda``, ``xpu`` ...; ``auto`` is the accelerator if there is one, else the CPU.
-        dtype: One of `DTYPES`.
+        dtype: One of `quantkit.execution.DTYPES`.
         backend: Kernel backend of packed layers.
         compile: Compile the repeated blocks of both models.
         lpips_backbone: AlexNet weights for LPIPS; None looks in torch hub's cache.
@@ -91,56 +85,3 @@ class Request:
         # Greedy answers are the same with every seed.
         seeds = self.seeds[:1] if self.task == "chat" else self.seeds
         return [Shot(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device of this name; ``auto`` is the accelerator if there is one, else the CPU.
-
-    Raises:
-        RecipeError: If it is unknown or not available here.
-        MissingExtraError: If torch is not installed.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingExtraError("torch", "eval") from error
-
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"device: '{name}' is unknown to torch; use auto, cpu, cuda or xpu") from error
-    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
-        here = "cpu only" if accelerator is None else f"cpu and {accelerator.type}"
-        raise RecipeError(f"device: '{name}' is not available here ({here})")
-    return device
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """Return the dtype of one of the names in `DTYPES`.
-
-    Raises:
-        RecipeError: If it is none of them.
-    """
-    import torch
-
-    if name not in DTYPES:
-        raise RecipeError(f"dtype: '{name}' is unknown; use one of {', '.join(DTYPES)}")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def check_backend(name: str) -> None:
-    """Refuse a kernel backend that does not exist.
-
-    Raises:
-        RecipeError: With the known ones.
-    """
-    # The loader looks at the name only when it meets a packed layer; a misspelt one must not pass without.
-    from quantkit_runtime.kernels import backends
-
-    known = ["auto", *(backend.name for backend in backends("linear"))]
-    if name not in known:
-        raise RecipeError(f"backend: '{name}' is unknown; use one of {', '.join(known)}")

@@ -13,7 +13,7 @@ from quantkit.compare.kinds import KINDS, Kind
 from quantkit.compare.pairing import check_same_architecture
 from quantkit.compare.provenance import created_now, device_name, library_versions
 from quantkit.compare.report import write_report
-from quantkit.compare.request import Request, check_backend, resolve_device, resolve_dtype
+from quantkit.compare.request import Request
 from quantkit.compare.result import INPUTS_FOLDER, RESULT_FILE, Comparison, Item, ModelSide, write_result
 from quantkit.compare.sampler import Sampler
 from quantkit.compare.scoring import Scorer
@@ -22,6 +22,7 @@ from quantkit.compare.summary import by_metric, curve_spreads, summaries
 from quantkit.compare.tasks import open_task
 from quantkit.compare.tasks.base import Context
 from quantkit.errors import UnsupportedModelError
+from quantkit.execution import check_backend, resolve_device, resolve_dtype
 from quantkit.families.registry import detect
 from quantkit.gate.thresholds import DEFAULT_THRESHOLDS, check_names
 from quantkit.gate.verdict import judge

@@ -80,6 +80,7 @@ class Family(ABC):
             the source, the component's name and complete sampling keys: count the tokens of image and text,
             multiply by the width of the blocks. Tuning keeps these inputs in memory (`quantkit.quantize.memory`);
             the runs of a family without it are not checked for memory.
+        guidance: The sampling key that, above 1, makes each step run the model twice; None if none does.
         several_devices: Whether auto-round spreads the layers of a block over several devices while it tunes it.
         vllm_omni: How vLLM-Omni names and shards the Linears that are quantized; None if that is not known.
     """
@@ -94,6 +95,7 @@ class Family(ABC):
     kept: Mapping[str, str] = field(default_factory=dict)
     block_outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     block_inputs: Callable[[Pipeline, str, Sampling], BlockInputs] | None = None
+    guidance: str | None = None
     several_devices: bool = False
     vllm_omni: VllmOmni | None = None
 
@@ -138,6 +140,16 @@ class Family(ABC):
         """
         del max_tokens
         return None if self.block_inputs is None else self.block_inputs(pipeline, component, sampling)
+
+    def is_guided(self, sampling: Sampling) -> bool:
+        """Whether these sampling keys, complete, make each step run the model twice."""
+        return self.guidance is not None and float(sampling.given().get(self.guidance, 0)) > 1
+
+    def how_to_guide(self) -> str:
+        """Return what a user can do to turn guidance on."""
+        if self.guidance is None:
+            return f"{self.name} has none"
+        return f"{self.name} is guided with --{self.guidance.replace('_', '-')} above 1"
 
     @abstractmethod
     def build(self, component: Component) -> torch.nn.Module:
@@ -202,7 +214,14 @@ class Family(ABC):
 
 @dataclass(frozen=True)
 class DiffusionFamily(Family):
-    """A family whose models are diffusers pipelines."""
+    """A family whose models are diffusers pipelines.
+
+    Attributes:
+        frames_per_second: At which its videos play.
+    """
+
+    guidance: str | None = "guidance_scale"
+    frames_per_second: int = 16
 
     def prompt_kwargs(self, prompt: Prompt) -> dict[str, Any]:
         """Return the keyword arguments of a pipeline call that say what to draw.

@@ -39,6 +39,7 @@ def block_inputs(
 FLUX = DiffusionFamily(
     name="flux",
     task="t2i",
+    guidance="true_cfg_scale",
     blocks={"transformer": ("transformer_blocks", "single_transformer_blocks")},
     sampling=Sampling(
         height=1024,

@@ -168,10 +168,11 @@ class LanguageFamily(Family):
         """Return the model's inputs for a prompt that it is to answer, as the processor's batch of one.
 
         Raises:
-            RecipeError: If the prompt has a picture, which a model of text alone cannot see.
+            RecipeError: If the prompt has a picture or a sound, which a model of text alone cannot take in.
         """
-        if prompt.image is not None:
-            raise RecipeError(f"prompts: {self.name} reads text alone, and '{prompt.text}' comes with an image")
+        if prompt.image is not None or prompt.audio is not None:
+            kind = "an image" if prompt.image is not None else "a sound"
+            raise RecipeError(f"prompts: {self.name} reads text alone, and '{prompt.text}' comes with {kind}")
         if processor.chat_template is None:
             return processor(prompt.text, return_tensors="pt")
         return processor.apply_chat_template(

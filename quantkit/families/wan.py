@@ -102,6 +102,7 @@ I2V = replace(
 TI2V = replace(
     T2V,
     name="wan2.2-ti2v",
+    frames_per_second=24,
     blocks={"transformer": ("blocks",)},
     sampling=Sampling(
         height=704,

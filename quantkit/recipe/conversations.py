@@ -71,7 +71,8 @@ def _conversation(line: str, path: Path, number: int) -> Conversation:
 def user_message(prompt: Prompt) -> dict[str, Any]:
     """Return a prompt as what a user says."""
     picture = [] if prompt.image is None else [{"type": "image", "image": prompt.image}]
-    return {"role": "user", "content": [*picture, _text(prompt.text)]}
+    sound = [] if prompt.audio is None else [{"type": "audio", "audio": prompt.audio}]
+    return {"role": "user", "content": [*picture, *sound, _text(prompt.text)]}
 
 
 def _text(text: str) -> dict[str, str]:

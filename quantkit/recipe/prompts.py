@@ -20,10 +20,12 @@ class Prompt:
     Attributes:
         text: Of the prompt.
         image: Absolute path of the picture that goes with it; None without one.
+        audio: Path of the sound that goes with it; None without one.
     """
 
     text: str
     image: str | None = None
+    audio: str | None = None
 
 
 def read_prompts(path: Path) -> list[Prompt]:

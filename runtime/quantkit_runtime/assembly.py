@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from quantkit_runtime.errors import CheckpointFormatError
 from quantkit_runtime.names import CheckpointNames
 from quantkit_runtime.optional import import_optional
 from quantkit_runtime.packed import PackedLayer
-from quantkit_runtime.swap import swap_packed
+from quantkit_runtime.parallel.share import Share
+from quantkit_runtime.parallel.tensor import add_sums, shard
+from quantkit_runtime.swap import packed_layers, swap_packed
 
 
 def assemble(
@@ -32,6 +35,7 @@ def assemble(
     dtype: torch.dtype,
     compute: str,
     backend: str,
+    group: Any = None,
 ) -> nn.Module:
     """Load a model in evaluation mode, without gradients.
 
@@ -46,9 +50,11 @@ def assemble(
         dtype: For floating tensors of layers that are not packed, except those the model class keeps in float32.
         compute: See :meth:`W4A16Linear.prepare`.
         backend: See :meth:`W4A16Linear.prepare`.
+        group: Process group whose ranks share the weights; None if this rank holds all.
 
     Raises:
         CheckpointFormatError: Files, configuration and architecture disagree.
+        ParallelError: A layer cannot be shared by so many ranks.
         BackendUnavailableError: The backend cannot serve a layer.
         MissingDependencyError: accelerate is not installed.
     """
@@ -57,14 +63,26 @@ def assemble(
         model = build()
     _compute_buffers(model)
     names = CheckpointNames(model)
+    takes: dict[str, Callable[[Any], Tensor]] = {}
+    shares: Mapping[str, Share] = {}
+    if group is not None:
+        schemes = {} if quantization is None else packed_layers(files, quantization)
+        shares = shard(model, group, {names.module(layer): scheme for layer, scheme in schemes.items()}.get)
+        takes = _takes(files, names, shares)
     targets = {} if quantization is None else swap_packed(model, files, names, quantization, device)
-    _fill(model, files, names, targets, device, dtype)
+    _fill(model, files, names, targets, takes, device, dtype)
+    if group is not None:
+        add_sums(model, shares, group)
     model.to(device)  # non-persistent buffers were computed on the CPU
     model.eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, PackedLayer):
             module.prepare(dtype, compute=compute, backend=backend)
     return model
+
+
+_EXPERT = re.compile(r"\.\d+\.(?=\w+$)")
+"""The number of an expert in front of the name of its projection."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +94,32 @@ class _Loaded:
     source: str
 
 
+def _takes(
+    files: WeightFiles, names: CheckpointNames, shares: Mapping[str, Share]
+) -> dict[str, Callable[[Any], Tensor]]:
+    """Return what reads this rank's part of a tensor, for every tensor of the checkpoint that is cut."""
+    takes: dict[str, Callable[[Any], Tensor]] = {}
+    for tensor in files.tensors:
+        layer, _, suffix = tensor.rpartition(".")
+        home = names.module(layer)
+        share = shares.get(home) or shares.get(_EXPERT.sub(".", home))
+        if share is not None:
+            takes[tensor] = partial(share.take, suffix)
+    return takes
+
+
 def _read(
-    files: WeightFiles, names: CheckpointNames, targets: Mapping[str, str], device: torch.device
+    files: WeightFiles,
+    names: CheckpointNames,
+    targets: Mapping[str, str],
+    device: torch.device,
+    takes: Mapping[str, Callable[[Any], Tensor]],
 ) -> Iterator[_Loaded]:
     """Yield every tensor of the checkpoint as the model takes it: renamed, and what it fuses, fused."""
     places = {name: names.place(name) for name in files.tensors if name not in targets}
     missing = Counter(place.name for place in places.values() if place.pattern is not None)
     parts: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)
-    for source, tensor in files.read(device):
+    for source, tensor in files.read(device, takes):
         where = f"{files.where(source)}: {source}"
         if source in targets:
             yield _Loaded(targets[source], tensor, where)
@@ -106,6 +142,7 @@ def _fill(
     files: WeightFiles,
     names: CheckpointNames,
     targets: Mapping[str, str],
+    takes: Mapping[str, Callable[[Any], Tensor]],
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
@@ -114,7 +151,7 @@ def _fill(
     ignored = _compile_any(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     dtypes = _floating_dtypes(model, dtype)
     state: dict[str, Tensor] = {}
-    for loaded in _read(files, names, targets, device):
+    for loaded in _read(files, names, targets, device, takes):
         name, tensor = loaded.name, loaded.tensor
         if name not in expected:
             if ignored is not None and ignored.search(name):

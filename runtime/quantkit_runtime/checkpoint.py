@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,14 +183,24 @@ class WeightFiles:
                 f"{folder}: holds no safetensors weights; save the model with safe_serialization=True"
             )
 
-    def read(self, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor with its name; on the CPU the data stays in the memory-mapped file until used."""
+    def read(
+        self, device: torch.device, takes: Mapping[str, Callable[[Any], Tensor]] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor with its name; on the CPU the data stays in the memory-mapped file until used.
+
+        Args:
+            device: Where the tensors go.
+            takes: By name, what reads a part of a tensor, given its slice as `safetensors` has it.
+        """
         from safetensors import safe_open
+
+        takes = takes or {}
 
         for path in sorted({info.file for info in self.tensors.values()}):
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
-                    yield name, file.get_tensor(name)
+                    take = takes.get(name)
+                    yield name, file.get_tensor(name) if take is None else take(file.get_slice(name))
 
     def where(self, name: str) -> Path:
         """File that holds the tensor ``name``."""

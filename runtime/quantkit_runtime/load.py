@@ -21,8 +21,10 @@ from quantkit_runtime.assembly import assemble
 from quantkit_runtime.checkpoint import WeightFiles, read_json
 from quantkit_runtime.compilation import compile_model, compile_pipeline
 from quantkit_runtime.config import QuantizationConfig, quantization_of
-from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError
+from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, ParallelError
 from quantkit_runtime.optional import import_optional
+from quantkit_runtime.parallel.plans import has_plan
+from quantkit_runtime.parallel.tensor import group_of
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Voices of Qwen2.5-Omni's talker, without which it does not even write text.
@@ -38,6 +40,7 @@ def load_pipeline(
     compute: str = "auto",
     backend: str = "auto",
     compile: bool = False,  # noqa: A002  (as diffusers and transformers call it)
+    tensor_parallel: Any = None,
 ) -> Any:
     """Load a diffusers pipeline whose components may be packed.
 
@@ -49,11 +52,15 @@ def load_pipeline(
         backend: ``"auto"`` or the name of one kernel backend.
         compile: Compile the repeated blocks of the denoisers with their first call, see
             :mod:`quantkit_runtime.compilation`; what is going on is logged as ``quantkit_runtime``.
+        tensor_parallel: Ranks that share the denoiser's weights, packed or not: a process group or a device mesh of
+            one dimension. Every rank loads its part with the same call, and runs the pipeline through
+            ``quantkit_runtime.parallel``.
 
     Returns:
         An ordinary ``diffusers.DiffusionPipeline`` on ``device``.
 
     Raises:
+        ParallelError: The denoiser cannot be shared by so many ranks.
         CheckpointFormatError: The folder is not a pipeline, or its files are damaged, contradictory or unknown.
         BackendUnavailableError: Device, compute mode or backend are not available here.
         MissingDependencyError: diffusers is not installed.
@@ -66,6 +73,7 @@ def load_pipeline(
         raise CheckpointFormatError(f"{index_path}: missing; give the root folder of a diffusers pipeline")
     diffusers = import_optional("diffusers")
     index = read_json(index_path)
+    group = _group(tensor_parallel)
     packed = {}
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
@@ -76,13 +84,23 @@ def load_pipeline(
         if not config_path.is_file():  # a scheduler or tokenizer
             continue
         quantization = quantization_of(read_json(config_path), config_path)
-        if quantization is None:
+        shared = group is not None and _is_shared(entry, index_path)
+        if quantization is None and not shared:
             WeightFiles(folder / name)  # damage shows here, with the file's name
             continue
         model_class = find_class(entry[0], entry[1], index_path)
         packed[name] = _assemble(
-            folder / name, model_class, quantization, target, dtype, compute=compute, backend=backend
+            folder / name,
+            model_class,
+            quantization,
+            target,
+            dtype,
+            compute=compute,
+            backend=backend,
+            group=group if shared else None,
         )
+    if group is not None and not any(group_of(model) for model in packed.values()):
+        raise ParallelError(f"{folder}: no component has a tensor-parallel plan; run it on one rank")
     # Called on its base class, a pipeline loads its optional components (Wan's transformers) again and drops ours.
     pipeline_class = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
     with library_errors(folder):
@@ -104,6 +122,7 @@ def load_model(
     compute: str = "auto",
     backend: str = "auto",
     compile: bool = False,  # noqa: A002  (as above)
+    tensor_parallel: Any = None,
 ) -> nn.Module:
     """Load one model, packed or not: a transformers model, a single diffusers component, or a BAGEL.
 
@@ -114,6 +133,8 @@ def load_model(
         compute: ``"16bit"``, ``"fp8"`` or ``"auto"``, which is ``"16bit"``.
         backend: ``"auto"`` or the name of one kernel backend.
         compile: Compile the repeated blocks with their first call, likewise.
+        tensor_parallel: Ranks that share the weights, packed or not: a process group or a device mesh of one
+            dimension. Every rank must call the model with the same inputs; it gets the same result.
 
     Returns:
         The model on ``device``, in evaluation mode. Its class is the one that ``config.json`` names.
@@ -123,6 +144,7 @@ def load_model(
         BackendUnavailableError: Device, compute mode or backend are not available here.
         MissingDependencyError: The library of the model's class is not installed.
         QuantkitRuntimeError: ``compile`` finds no repeated blocks.
+        ParallelError: The model cannot be shared by so many ranks.
     """
     target = _available_device(device)
     folder = _local_folder(path)
@@ -130,9 +152,12 @@ def load_model(
     config = read_json(config_path)
     model_class = class_of(config, config_path)
     quantization = quantization_of(config, config_path)
+    group = _group(tensor_parallel)
     model: nn.Module
-    if quantization is not None or is_own(config):
-        model = _assemble(folder, model_class, quantization, target, dtype, compute=compute, backend=backend)
+    if quantization is not None or is_own(config) or group is not None:
+        model = _assemble(
+            folder, model_class, quantization, target, dtype, compute=compute, backend=backend, group=group
+        )
     else:
         WeightFiles(folder)
         with library_errors(folder):
@@ -152,6 +177,7 @@ def _assemble(
     *,
     compute: str,
     backend: str,
+    group: Any = None,
 ) -> nn.Module:
     model = assemble(
         folder,
@@ -161,6 +187,7 @@ def _assemble(
         dtype=dtype,
         compute=compute,
         backend=backend,
+        group=group,
     )
     if (folder / "generation_config.json").is_file():
         model.generation_config = import_optional("transformers").GenerationConfig.from_pretrained(folder)
@@ -169,6 +196,16 @@ def _assemble(
         with library_errors(folder):
             load_speakers(folder / _SPEAKERS)  # transformers admits nothing but tensors in it
     return model
+
+
+def _group(ranks: Any) -> Any:
+    """Return the process group of a group or a mesh; None if there is but one rank in it."""
+    group = ranks.get_group() if hasattr(ranks, "get_group") else ranks
+    return None if group is None or torch.distributed.get_world_size(group) == 1 else group
+
+
+def _is_shared(entry: list[Any], path: Path) -> bool:
+    return entry[0] == "diffusers" and has_plan(find_class(entry[0], entry[1], path))
 
 
 def _builder(folder: Path, model_class: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:

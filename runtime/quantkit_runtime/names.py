@@ -42,7 +42,7 @@ class CheckpointNames:
         self._renamings: list[Any] = []
         self._converters: list[Any] = []
         self._by_pattern: dict[str, Any] = {}
-        if not _is_transformers(model):
+        if not is_transformers(model):
             return
         loading = import_optional("transformers.core_model_loading")
         mapping = import_optional("transformers.conversion_mapping").get_model_conversion_mapping(model)
@@ -88,7 +88,7 @@ class CheckpointNames:
 def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's tensors, real or on the meta device, as its checkpoint names and cuts them."""
     state: dict[str, Tensor] = model.state_dict()
-    if not _is_transformers(model):
+    if not is_transformers(model):
         return state
     reverted: dict[str, Tensor] = import_optional("transformers.core_model_loading").revert_weight_conversion(
         model, state
@@ -101,5 +101,6 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _is_transformers(model: nn.Module) -> bool:
+def is_transformers(model: nn.Module) -> bool:
+    """Whether a model is one of transformers'."""
     return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)

@@ -47,7 +47,7 @@ def swap_packed(
     modules = dict(model.named_modules())
     targets: dict[str, str] = {}
     experts: dict[str, dict[str, Scheme]] = defaultdict(dict)
-    for layer, scheme in _packed_layers(files, quantization).items():
+    for layer, scheme in packed_layers(files, quantization).items():
         home = names.module(layer)
         targets |= {f"{layer}.{suffix}": f"{home}.{suffix}" for suffix in PACKED_SUFFIXES}
         if names.place(f"{layer}.weight").pattern is not None:
@@ -70,7 +70,7 @@ def swap_packed(
     return targets
 
 
-def _packed_layers(files: WeightFiles, quantization: QuantizationConfig) -> dict[str, Scheme]:
+def packed_layers(files: WeightFiles, quantization: QuantizationConfig) -> dict[str, Scheme]:
     """Return the scheme of every layer that the weights hold packed, by its name in the checkpoint."""
     config_path = files.folder / "config.json"
     packed = [name.removesuffix(".qweight") for name in files.tensors if name.endswith(".qweight")]

@@ -1,15 +1,11 @@
 """CFG-parallel on two ranks: what comes out is what one rank alone gives, or a clear refusal."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
-import cfg_ranks
 import pytest
+import rank_jobs
 import torch
+from jobs import launch, results
 
 pytestmark = pytest.mark.multi_rank
 
@@ -46,34 +42,22 @@ MANY = {"name": "many", "model": "flux", "kwargs": {**FLUX, "num_inference_steps
 NO_SEED = {"name": "no seed", "model": "flux", "kwargs": {k: v for k, v in FLUX.items() if k != "seed"}}
 
 
-def launch(jobs, folder, *, check=True):
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(cfg_ranks.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    return subprocess.run(
-        [*command, str(folder / "jobs.json"), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=check, timeout=600,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def ranks(tiny_model, tmp_path_factory):
     """What both ranks made of every job, by its name."""
     folder = tmp_path_factory.mktemp("ranks")
     jobs = [*EQUAL, NO_SEED, MANY, *({"name": name, **job} for name, job in REFUSED.items())]
-    done = launch([{**job, "model": str(tiny_model(job["model"]))} for job in jobs], folder, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {job["name"]: [torch.load(folder / f"{job['name']}-rank{rank}.pt") for rank in (0, 1)] for job in jobs}
+    return results([{**job, "model": str(tiny_model(job["model"]))} for job in jobs], folder, ranks=2)
 
 
 @pytest.fixture
 def alone(tiny_model):
     def run(job):
-        pipe = cfg_ranks.prepared({**job, "model": tiny_model(job["model"])})
-        counts = cfg_ranks.count_blocks(pipe)
+        pipe = rank_jobs.prepared({**job, "model": tiny_model(job["model"])})
+        counts = rank_jobs.count_blocks(pipe)
         with torch.no_grad():
-            output = pipe(**cfg_ranks.arguments_of(job), output_type="latent")
-        return cfg_ranks.result_of(output), counts["forwards"]
+            output = pipe(**rank_jobs.arguments_of(job), output_type="latent")
+        return rank_jobs.result_of(output), counts["forwards"]
 
     return run
 
@@ -121,6 +105,6 @@ def test_fifty_generations_in_a_row_take_no_more_memory_than_ten(ranks):
 
 def test_a_rank_that_dies_ends_the_other(tiny_model, tmp_path):
     job = {"name": "dies", "model": str(tiny_model("flux")), "kwargs": FLUX, "callback": ["end_rank", 1, 2]}
-    done = launch([job], tmp_path, check=False)
+    done = launch([job], tmp_path, ranks=2)
     assert done.returncode != 0
     assert not list(tmp_path.glob("dies-rank*.pt"))

@@ -47,7 +47,7 @@ def test_a_signal_to_the_starter_ends_the_ranks(tmp_path):
     try:
         pids = wait_for(lambda: [int(path.read_text() or 0) for path in tmp_path.glob("pid*")], 2)
         starter.send_signal(signal.SIGTERM)
-        starter.wait(timeout=60)
+        assert starter.wait(timeout=60) == -signal.SIGTERM
         wait_for(lambda: [pid for pid in pids if not Path(f"/proc/{pid}").exists()], 2)
     finally:
         starter.kill()

@@ -15,8 +15,8 @@ zeros     int8          (K / g, N)   contiguous
 
 So the checkpoint's words are transposed (gptq and plain packing) or packed anew (awq), and kept beside it: half a
 byte per weight. Therefore the Triton backend, which keeps nothing, comes first; this one is for an XPU without
-triton, or by name. Above :data:`MAX_INT4_ROWS` rows the next best backend runs; where the better border is has not been
-measured.
+triton, or by name. Above :data:`MAX_INT4_ROWS` rows the next best backend runs; where the better border is has
+not been measured.
 
 Source: torch 2.14, ``aten/src/ATen/native/mkldnn/xpu`` (``Blas.cpp`` checks, ``detail/WoQMatmul.cpp`` strides).
 """

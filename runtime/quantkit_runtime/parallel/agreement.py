@@ -1,9 +1,13 @@
-"""Making sure that all ranks do the same: equal arguments, one seed, equal latents."""
+"""Making sure that all ranks do the same: equal arguments, one seed, equal latents.
+
+Ranks are given as groups, one along each dimension of their mesh: what goes along all of them reaches every rank.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,22 +16,27 @@ from torch import Tensor
 
 from quantkit_runtime.errors import ParallelError
 
+Groups = Sequence[dist.ProcessGroup | None]
 
-def check_same_arguments(arguments: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
+
+def check_same_arguments(arguments: Mapping[str, Any], groups: Groups) -> None:
     """Compare the arguments of a call across ranks.
 
     Tensors, images and generators are compared by content, functions by name.
 
     Args:
         arguments: Keyword arguments of the call on this rank.
-        group: The ranks that must agree; None is all.
+        groups: The ranks that must agree; None is the group of all.
 
     Raises:
         ParallelError: Some differ; raised on every rank, and names the arguments.
     """
     mine = {name: _fingerprint(value) for name, value in arguments.items()}
-    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone = [mine]
+    for group in groups:
+        gathered: list[list[dict[str, str]]] = [[] for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(gathered, everyone, group=group)
+        everyone = list(chain.from_iterable(gathered))
     names = sorted({name for theirs in everyone for name in theirs})
     differing = [name for name in names if len({theirs.get(name) for theirs in everyone}) > 1]
     if differing:
@@ -65,15 +74,16 @@ def _update(digest: Any, value: Any) -> None:
         digest.update(repr(value).encode())
 
 
-def shared_seed(group: dist.ProcessGroup | None) -> int:
-    """Return a seed that the first rank of the group draws and all others get."""
-    drawn: list[int] = [int(torch.seed()) % 2**63]
-    dist.broadcast_object_list(drawn, group=group, group_src=0)
+def shared_seed(groups: Groups, seed: int | None = None) -> int:
+    """Return the seed of the first rank, by default one that it draws."""
+    drawn: list[int] = [int(torch.seed()) % 2**63 if seed is None else seed]
+    for group in groups:
+        dist.broadcast_object_list(drawn, group=group, group_src=0)
     return drawn[0]
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Return an int64 scalar, on the tensor's device, that depends on every bit of a floating tensor.
+    """Return an int64 scalar, on the tensor's device, that depends on every bit of a tensor of 16 bits or more.
 
     Not cryptographic: it is cheap, exact, and independent of the order in which a device adds.
     """
@@ -83,14 +93,39 @@ def checksum(tensor: Tensor) -> Tensor:
     return (bits * places).sum()
 
 
-def check_same_latents(latents: Tensor, suspicion: Tensor, step: int, group: dist.ProcessGroup | None) -> None:
+def check_same_inputs(inputs: Iterable[Any], groups: Groups) -> None:
+    """Compare what a model is called with across ranks by checksums; waits for the device.
+
+    Args:
+        inputs: Arguments of the call; what is no tensor of 16 bits or more is passed over.
+        groups: The ranks that must agree.
+
+    Raises:
+        ParallelError: On every rank, if they differ.
+    """
+    tensors = [value for value in inputs if isinstance(value, Tensor) and value.element_size() > 1]
+    if not tensors:
+        return
+    sums = torch.stack([checksum(tensor) for tensor in tensors])
+    both = torch.cat([sums, -sums])
+    for group in groups:
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    largest, negated_smallest = both.chunk(2)
+    if not torch.equal(largest, -negated_smallest):
+        raise ParallelError(
+            "the ranks call the model with different inputs; call the pipeline through "
+            "quantkit_runtime.parallel.parallel_call, or give every rank the same arguments and seed"
+        )
+
+
+def check_same_latents(latents: Tensor, suspicion: Tensor, step: int, groups: Groups) -> None:
     """Compare latents across ranks by their checksum, and ask for suspicions; waits for the device.
 
     Args:
         latents: Of this rank.
         suspicion: int64 scalar; not 0 where a guess of this rank turned out wrong.
         step: For the message.
-        group: The ranks that must agree.
+        groups: The ranks that must agree.
 
     Raises:
         ParallelError: On every rank, if the ranks have drifted apart or a rank has a suspicion.
@@ -98,7 +133,8 @@ def check_same_latents(latents: Tensor, suspicion: Tensor, step: int, group: dis
     found = checksum(latents)
     # One reduction: the largest and, negated, the smallest checksum.
     both = torch.stack([found, -found, suspicion])
-    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    for group in groups:
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
     largest, negated_smallest, suspected = both.tolist()
     if suspected:
         raise ParallelError(

@@ -31,15 +31,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantkit_runtime.errors import ParallelError
-from quantkit_runtime.parallel.agreement import check_same_arguments, check_same_latents, shared_seed
+from quantkit_runtime.parallel.call import ParallelPipeline, Watch, patched
 from quantkit_runtime.parallel.snapshot import State, same, snapshot, thaw
 
-DENOISERS = ("transformer", "transformer_2", "unet")
-CHECK_EVERY_STEPS = 5
 
-
-class CfgParallel:
+class CfgParallel(ParallelPipeline):
     """A pipeline whose two guidance branches run on the two ranks of a group.
+
+    Where a branch is itself run by several ranks that share the weights (``load_pipeline(tensor_parallel=...)``),
+    each of them exchanges with its counterpart.
 
     Args:
         pipeline: A diffusers pipeline, loaded on every rank.
@@ -50,62 +50,23 @@ class CfgParallel:
     """
 
     def __init__(self, pipeline: Any, group: dist.ProcessGroup | None = None) -> None:
-        if not dist.is_initialized():
-            raise ParallelError("no process group: start the ranks with torchrun and call init_process_group first")
+        super().__init__(pipeline)
         if (size := dist.get_world_size(group)) != 2:
             raise ParallelError(f"CFG-parallel takes a group of 2 ranks, one for each branch, not {size}")
-        found = {name: getattr(pipeline, name, None) for name in DENOISERS}
-        self._denoisers = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
-        if not self._denoisers:
-            raise ParallelError(f"{type(pipeline).__name__}: has none of {', '.join(DENOISERS)}")
-        self.pipeline = pipeline
         self._group = group
-
-    @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the pipeline; every rank must make the same call, and gets the same result.
-
-        Without ``generator`` all ranks use one seed that the first rank draws.
-
-        Raises:
-            ParallelError: The ranks were called with different arguments or have drifted apart, or the call uses no
-                guidance, which would leave one rank idle.
-        """
-        arguments = inspect.signature(type(self.pipeline).__call__).bind(self.pipeline, *args, **kwargs).arguments
-        given = {name: value for name, value in arguments.items() if name != "self" and value is not None}
-        check_same_arguments(given, self._group)
-        if "generator" not in given:
-            kwargs["generator"] = torch.Generator("cpu").manual_seed(shared_seed(self._group))
-        with self._wrapped():
-            return self.pipeline(*args, **kwargs)
+        self._ranks = (group, *self._ranks)
 
     @contextmanager
-    def _wrapped(self) -> Iterator[None]:
-        branches = _Branches(self._group)
+    def _wrapped(self, watch: Watch) -> Iterator[None]:
+        branches = _Branches(self._group, watch)
         with ExitStack() as stack:
             for module in self._denoisers.values():
-                stack.enter_context(_patched(module, "forward", branches.wrap_forward(module)))
+                stack.enter_context(patched(module, "forward", branches.wrap_forward(module)))
                 if hasattr(module, "cache_context"):
-                    stack.enter_context(_patched(module, "cache_context", branches.wrap_context(module)))
-            scheduler = self.pipeline.scheduler
-            stack.enter_context(_patched(scheduler, "step", branches.wrap_step(scheduler)))
+                    stack.enter_context(patched(module, "cache_context", branches.wrap_context(module)))
+            watch.before_step = branches.end_step
+            stack.enter_context(super()._wrapped(watch))
             yield
-            branches.finish()
-
-
-@contextmanager
-def _patched(target: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
-    """Put a function in the place of a method of one object for a while."""
-    own = vars(target)
-    before = own.get(name)
-    own[name] = replacement
-    try:
-        yield
-    finally:
-        if before is None:
-            del own[name]  # what the class defines shows again
-        else:
-            own[name] = before
 
 
 Context = tuple[tuple[Any, ...], dict[str, Any]]
@@ -142,14 +103,12 @@ class _Branches:
     """Follows the calls within each step; one object per generation."""
 
     group: dist.ProcessGroup | None
-    step: int = 0
+    watch: Watch
     calls: list[_Call] = field(default_factory=list)
     pair: _Pair | None = None
     batched: bool = False
     ready: tuple[_Call, Any] | None = None  # what the second call should be, and its result
     context: Context | None = None
-    suspicion: Tensor | None = None
-    latents: Tensor | None = None
     contexts: dict[nn.Module, Callable[..., Any]] = field(default_factory=dict)
     """``cache_context`` of each denoiser."""
 
@@ -194,29 +153,11 @@ class _Branches:
 
         return forward
 
-    def wrap_step(self, scheduler: Any) -> Callable[..., Any]:
-        original = scheduler.step
-        signature = inspect.signature(original)
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            self._end_step(signature.bind(*args, **kwargs).arguments.get("sample"))
-            result = original(*args, **kwargs)
-            self.latents = result[0] if isinstance(result, tuple) else result.prev_sample
-            if self.step % CHECK_EVERY_STEPS == 0:
-                self._check()
-            return result
-
-        return step
-
-    def finish(self) -> None:
-        """Compare the last latents, too."""
-        if self.step % CHECK_EVERY_STEPS:
-            self._check()
-
-    def _end_step(self, latents: Tensor | None) -> None:
+    def end_step(self, latents: Tensor | None) -> None:
+        """Learn from the calls of a step, before the scheduler goes on."""
         if len(self.calls) == 2 and self.pair is None and not self.batched:
             self.pair = self._learn(*self.calls)
-        elif len(self.calls) == 1 and self.step == 0:
+        elif len(self.calls) == 1 and self.watch.step == 0:
             self.batched = _holds_both_branches(self.calls[0], latents)
             if not self.batched:
                 raise ParallelError(
@@ -231,14 +172,6 @@ class _Branches:
                 f"the denoiser is called {len(self.calls)} times per step; only 2 branches are known"
             )
         self.calls.clear()
-        self.step += 1
-
-    def _check(self) -> None:
-        assert self.latents is not None
-        suspicion = self.suspicion
-        if suspicion is None:
-            suspicion = torch.zeros((), dtype=torch.int64, device=self.latents.device)
-        check_same_latents(self.latents, suspicion, self.step, self.group)
 
     def _learn(self, first: _Call, second: _Call) -> _Pair:
         own = {}
@@ -292,8 +225,7 @@ class _Branches:
                 # Made anew for this call, such as timestep / 1000. Comparing on the device does not wait for it.
                 if value.shape != expected.shape or value.dtype != expected.dtype:
                     return False
-                differs = (value != expected).any().to(torch.int64)
-                self.suspicion = differs if self.suspicion is None else torch.maximum(self.suspicion, differs)
+                self.watch.suspect((value != expected).any())
             elif not same(value, expected):
                 return False
         return True

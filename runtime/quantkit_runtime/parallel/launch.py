@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,12 @@ from quantkit_runtime.errors import ParallelError
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for another before it gives up."""
 
+_LOGGERS = (
+    "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.elastic.multiprocessing.api",
+    "torch.multiprocessing.spawn",
+)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 
 
@@ -38,6 +46,7 @@ def launch(function: Callable[..., None], arguments: tuple[Any, ...], ranks: int
     Raises:
         ParallelError: A rank failed or died. The message is the first failure's, the notes hold its traceback.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -52,17 +61,43 @@ def launch(function: Callable[..., None], arguments: tuple[Any, ...], ranks: int
         monitor_interval=0.1,
         start_method="spawn",
     )
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    received: int | None = None
     try:
-        elastic_launch(config, _run_recorded)(function, *arguments)
+        with _silent(*_LOGGERS):  # the error that is raised says the same in one line, its notes the rest
+            elastic_launch(config, _run_recorded)(function, *arguments)
+    except SignalException as error:
+        received = error.sigval
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # One that was killed comes first: the others then fail for want of it, maybe before the agent has seen why.
+        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
         found = ParallelError(f"rank {rank}: {_first_line(failure.message)}")
         found.add_note(_trace(failure.message))
         raise found from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # the agent has put its own in their place
+        if received is not None:
+            signal.raise_signal(received)  # the ranks have ended; now as if there had been no agent
+
+
+@contextmanager
+def _silent(*names: str) -> Iterator[None]:
+    """Keep some loggers quiet for a while."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _run_recorded(function: Callable[..., None], *arguments: Any) -> None:
     """Run in a rank, leaving an exception where the agent reads it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal interrupts all ranks; the starter tells of it
     from torch.distributed.elastic.multiprocessing.errors import record
 
     record(function)(*arguments)
@@ -102,7 +137,8 @@ def device_of_rank(device: str) -> torch.device:
 def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[None]:
     """Be a member of the group of all ranks.
 
-    The backend fits the device: nccl, xccl or gloo; gloo, too, where several ranks share an accelerator.
+    The backend fits the device: nccl, xccl or gloo; gloo, too, where several ranks share an accelerator. Ranks on
+    the CPU divide its cores, unless ``OMP_NUM_THREADS`` says otherwise.
 
     Args:
         device: Of this rank.
@@ -114,10 +150,13 @@ def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[None]
     if not launched():
         raise ParallelError("this process is no rank: start it with torchrun")
     backend = _BACKENDS.get(device.type, "gloo")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index or 0)
-        if int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])) > torch.accelerator.device_count():
+        if here > torch.accelerator.device_count():
             backend = "gloo"
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
     dist.init_process_group(backend, timeout=timeout)
     yield
     # Not after an exception: closing the connections would make the other ranks fail before this one has said why.

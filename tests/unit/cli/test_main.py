@@ -59,7 +59,7 @@ def test_help_takes_less_than_0_4_seconds():
 
 
 VERBS = [
-    *(["quantize"], ["compare"], ["verify"], ["inspect"], ["recipes"]),
+    *(["quantize"], ["compare"], ["generate"], ["verify"], ["inspect"], ["recipes"]),
     *(["recipes", verb] for verb in ("ls", "show", "cp", "validate")),
 ]
 

@@ -1,4 +1,4 @@
-"""One rank of the CFG-parallel tests: runs jobs one after the other and writes what came out.
+"""One rank of the tests of parallel generation: runs jobs one after the other and writes what came out.
 
 Run by torchrun with the path of a JSON list of jobs and the folder of the results.
 """
@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from quantkit_runtime import load_pipeline
+from quantkit_runtime import load_model, load_pipeline
 from quantkit_runtime.errors import ParallelError
-from quantkit_runtime.parallel import CfgParallel
+from quantkit_runtime.parallel import make_mesh, parallel_call
 
 
 def _rank():
@@ -101,15 +101,37 @@ def arguments_of(job):
     return kwargs
 
 
-def prepared(job):
-    """Load a job's pipeline; a step cache is turned on where the job says so."""
-    pipe = load_pipeline(job["model"], dtype=torch.bfloat16)
+def prepared(job, mesh=None):
+    """Load a job's pipeline; a step cache, context parallelism or compilation is turned on where it says so."""
+    shared = None if mesh is None or job.get("ulysses") else mesh["tensor"]
+    dtype = getattr(torch, job.get("dtype", "bfloat16"))
+    pipe = load_pipeline(job["model"], dtype=dtype, tensor_parallel=shared)
     pipe.set_progress_bar_config(disable=True)
+    if mesh is not None and job.get("ulysses"):
+        split_tokens(pipe.transformer, job["mesh"])
+    if mesh is not None and job.get("compile"):
+        pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     if job.get("step_cache"):
         from diffusers import FirstBlockCacheConfig
 
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=job["step_cache"]))
     return pipe
+
+
+def split_tokens(transformer, shape):
+    """Turn on diffusers' Ulysses attention along the mesh's second dimension.
+
+    diffusers asks for an accelerator's number before it takes the mesh that it is given; a CPU has none.
+    """
+    from diffusers import ContextParallelConfig
+    from torch.distributed.device_mesh import init_device_mesh
+
+    cfg, degree = shape
+    mesh = init_device_mesh("cpu", (cfg, 1, degree), mesh_dim_names=("cfg", "ring", "ulysses"))
+    count, torch.accelerator.device_count = torch.accelerator.device_count, lambda: 1
+    config = ContextParallelConfig(ulysses_degree=degree, mesh=mesh["ring", "ulysses"])
+    transformer.enable_parallelism(config=config)
+    torch.accelerator.device_count = count
 
 
 def result_of(output):
@@ -136,15 +158,32 @@ def count_blocks(pipe):
     return counts
 
 
+def logits_of(job, mesh=None):
+    """Return a language model's logits for some tokens, and the bytes of its decoder's layers."""
+    shared = None if mesh is None else mesh["tensor"]
+    model = load_model(job["model"], dtype=getattr(torch, job["dtype"]), tensor_parallel=shared)
+    tokens = torch.arange(12).view(1, -1)
+    writer = getattr(model, "thinker", model)
+    with torch.no_grad():
+        logits = writer(input_ids=tokens).logits
+    layers = getattr(writer.model, "language_model", writer.model).layers
+    return logits, sum(tensor.nbytes for tensor in layers.state_dict().values())
+
+
 def main(jobs_path, results):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     for job in json.loads(Path(jobs_path).read_text()):
-        pipe = prepared(job)
+        mesh = make_mesh(torch.device("cpu"), cfg=job.get("mesh", [2, 1])[0], tensor=job.get("mesh", [2, 1])[1])
+        if job.get("language"):
+            logits, held = logits_of(job, mesh)
+            torch.save({"latents": logits, "held_bytes": held}, Path(results) / f"{job['name']}-rank{rank}.pt")
+            continue
+        pipe = prepared(job, mesh)
         counts = count_blocks(pipe)
         found = {}
         try:
-            parallel = CfgParallel(pipe)
+            parallel = torch.no_grad()(pipe.__call__) if job.get("direct") else parallel_call(pipe, mesh)
             for round_ in range(job.get("repeat", 1)):
                 output = parallel(**arguments_of(job), output_type="latent")
                 if round_ == WARM_UP_ROUNDS:
@@ -154,7 +193,8 @@ def main(jobs_path, results):
             found["error"] = str(error)
         else:
             found["latents"] = result_of(output)
-        torch.save({**found, **counts}, Path(results) / f"{job['name']}-rank{rank}.pt")
+        held = sum(tensor.nbytes for tensor in pipe.transformer.state_dict().values())
+        torch.save({**found, **counts, "held_bytes": held}, Path(results) / f"{job['name']}-rank{rank}.pt")
         dist.barrier()
     dist.destroy_process_group()
 
