@@ -1,0 +1,83 @@
+"""Runs a server in this process until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Iterable
+
+import uvicorn
+
+from quantkit_runtime.server.app import create_app
+from quantkit_runtime.server.deployment import Deployment
+from quantkit_runtime.server.logs import set_up_logging
+from quantkit_runtime.server.settings import Settings, SettingsError
+from quantkit_runtime.server.supervisor import EngineStartError
+
+log = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what runs.
+
+    Raises:
+        SettingsError: The address cannot be bound.
+        EngineStartError: A model cannot be loaded.
+    """
+    set_up_logging(settings.log_format)
+    with _bound(settings) as bound:
+        asyncio.run(_serve(settings, bound))
+
+
+async def _serve(settings: Settings, bound: socket.socket) -> None:
+    begin = time.perf_counter()
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.drain_s),
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[bound]))
+    starting = asyncio.create_task(_wait_ready(app.state.context.deployments.by_name.values(), server))
+    host, port = bound.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    log.info("listening", extra={"url": url, "models": list(settings.models)})
+    try:
+        await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done() and not serving.done():
+            starting.result()
+            log.info("ready", extra={"url": url, "seconds": round(time.perf_counter() - begin, 1)})
+            await serving
+    except EngineStartError:
+        server.should_exit = True
+        await serving
+        raise
+    finally:
+        starting.cancel()
+
+
+async def _wait_ready(deployments: Iterable[Deployment], server: uvicorn.Server) -> None:
+    while not server.started:
+        await asyncio.sleep(0.01)
+    for deployment in deployments:
+        await deployment.engine.wait_ready()
+
+
+def _bound(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    bound = socket.socket(family)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((settings.host.strip("[]"), settings.port))
+    except OSError as error:
+        bound.close()
+        raise SettingsError(
+            f"--port {settings.port}: cannot be bound on {settings.host} ({error.strerror})"
+        ) from error
+    bound.set_inheritable(False)
+    return bound
