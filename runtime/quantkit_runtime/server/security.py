@@ -41,7 +41,7 @@ class KeyRing:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        return f"key-{matches.index(True) + 1}"
+        return f"key-{digest.hex()[:12]}"
 
 
 def check_origin(headers: Headers, *, bound_to_loopback: bool) -> None:
