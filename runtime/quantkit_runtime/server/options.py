@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
+import math
 from pathlib import Path
 from typing import Any
 
 from quantkit_runtime.server.protocol import ModelSpec
 from quantkit_runtime.server.settings import Limits, Settings, SettingsError, read_api_keys
+
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -27,7 +29,7 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--port", type=int, default=8091, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--api-key-file", type=Path, help="file with one key per line")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, xpu (default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--dtype", default="bfloat16", choices=_DTYPES)
     parser.add_argument("--compute", default="auto", help="16bit, fp8 or auto")
     parser.add_argument("--backend", default="auto", help="kernels of packed layers")
     parser.add_argument("--cfg-parallel", type=int, default=1, choices=[1, 2], help="ranks for guidance")
@@ -37,14 +39,11 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--drain", type=float, default=30.0, help="seconds for running requests after SIGTERM")
     parser.add_argument("--log-format", default="json", choices=["json", "text"])
     parser.add_argument("--no-warm-up", action="store_true", help="do not run a small request first")
-    for limit in fields(Limits):
-        parser.add_argument(
-            _flag(limit.name), dest=limit.name, type=type(limit.default), default=limit.default, metavar="N"
-        )
+    parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE", help=_limits_help())
     given = parser.parse_args(arguments)
     return make_settings(
         [(given.served_model_name or given.model, given.model)],
-        limits=Limits(**{limit.name: getattr(given, limit.name) for limit in fields(Limits)}),
+        limits=parse_limits(given.limit),
         defaults=parse_defaults(given.default),
         device=given.device,
         dtype=given.dtype,
@@ -72,6 +71,7 @@ def make_settings(
     cfg_parallel: int,
     warm_up: bool,
     defaults: dict[str, Any],
+    log_format: str,
     **server: Any,
 ) -> Settings:
     """Return settings of one or more models that are loaded alike.
@@ -85,8 +85,16 @@ def make_settings(
         cfg_parallel: As `ModelSpec` has it.
         warm_up: As `ModelSpec` has it.
         defaults: Of request fields.
+        log_format: As `Settings` has it.
         server: The rest of `Settings`.
+
+    Raises:
+        SettingsError: An option cannot be used.
     """
+    if dtype not in _DTYPES:
+        raise SettingsError(f"--dtype {dtype}: use {', '.join(_DTYPES)}")
+    if log_format not in ("json", "text"):
+        raise SettingsError(f"--log-format {log_format}: use json or text")
     specs = {
         name: ModelSpec(
             path=path,
@@ -100,7 +108,7 @@ def make_settings(
         )
         for name, path in models
     }
-    return Settings(models=specs, **server)
+    return Settings(models=specs, log_format=log_format, **server)
 
 
 def parse_defaults(texts: list[str]) -> dict[str, Any]:
@@ -122,8 +130,29 @@ def parse_defaults(texts: list[str]) -> dict[str, Any]:
     return found
 
 
-def _flag(name: str) -> str:
-    return "--" + name.removesuffix("_s").replace("_", "-")
+def parse_limits(texts: list[str]) -> Limits:
+    """Return the limits that ``NAME=VALUE`` texts give.
+
+    Raises:
+        SettingsError: One has another form, no known name or no positive number.
+    """
+    known: dict[str, type[int] | type[float]] = {name: type(value) for name, value in vars(Limits()).items()}
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or name not in known:
+            raise SettingsError(f"--limit {text}: write NAME=VALUE with one of {', '.join(known)}")
+        try:
+            found[name] = known[name](value)
+        except ValueError:
+            found[name] = 0
+        if not 0 < found[name] < math.inf:
+            raise SettingsError(f"--limit {text}: must be a positive {'whole ' * (known[name] is int)}number")
+    return Limits(**found)
+
+
+def _limits_help() -> str:
+    return "repeatable: " + ", ".join(f"{name}={value}" for name, value in vars(Limits()).items())
 
 
 def _device() -> str:
