@@ -85,6 +85,9 @@ def command(
         int,
         typer.Option("--cfg-parallel", min=1, max=2, help="2: guidance on two ranks.", rich_help_panel=_HOW),
     ] = 1,
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", min=1, help="Pictures that run together.", rich_help_panel=_HOW)
+    ] = 4,
     warm_up: Annotated[
         bool,
         typer.Option("--warm-up/--no-warm-up", help="Run a small request before the first.", rich_help_panel=_HOW),
@@ -94,7 +97,7 @@ def command(
         typer.Option(
             "--limit",
             metavar="NAME=VALUE",
-            help="max_queue, request_timeout_s, max_batch, max_pixels, max_frames, max_steps, max_tokens ...",
+            help="max_queue, request_timeout_s, max_pixels, max_frames, max_steps, max_tokens ...",
             rich_help_panel=_LIMITS,
         ),
     ] = None,
@@ -115,6 +118,7 @@ def command(
         compute=compute,
         backend=backend,
         cfg_parallel=cfg_parallel,
+        max_batch=max_batch,
         warm_up=warm_up,
         defaults=_sampling(folder, _DEMO_RECIPE if model == "demo" and recipe is None else recipe)
         | parse_defaults(default or []),

@@ -110,13 +110,10 @@ def draw(rtn_checkpoint):
     return run
 
 
-def test_the_openai_client_draws_with_a_packed_model_what_the_pipeline_draws_and_sigterm_drains(
-    rtn_checkpoint, draw, collector
-):
+def test_a_packed_model_draws_through_the_openai_client_and_sigterm_drains(rtn_checkpoint, draw, collector):
     endpoint, traces = collector
-    with started(
-        rtn_checkpoint, "--served-model-name", "packed", "--dtype", "float32", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint
-    ) as (process, url):
+    options = (rtn_checkpoint, "--served-model-name", "packed", "--dtype", "float32")
+    with started(*options, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint) as (process, url):
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             extra = {key: value for key, value in DRAW.items() if key != "size"}
             answer = client.images.generate(

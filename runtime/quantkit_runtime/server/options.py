@@ -33,6 +33,9 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--compute", default="auto", help="16bit, fp8 or auto")
     parser.add_argument("--backend", default="auto", help="kernels of packed layers")
     parser.add_argument("--cfg-parallel", type=int, default=1, choices=[1, 2], help="ranks for guidance")
+    parser.add_argument(
+        "--max-batch", type=int, default=4, help="pictures that run together (default: %(default)s)"
+    )
     parser.add_argument("--default", action="append", default=[], metavar="FIELD=VALUE", help="of a request field")
     parser.add_argument("--allow-remote-media", action="store_true", help="fetch URLs that requests name")
     parser.add_argument("--state-dir", type=Path, help="folder of video jobs")
@@ -50,6 +53,7 @@ def parse(arguments: list[str]) -> Settings:
         compute=given.compute,
         backend=given.backend,
         cfg_parallel=given.cfg_parallel,
+        max_batch=given.max_batch,
         warm_up=not given.no_warm_up,
         host=given.host,
         port=given.port,
@@ -69,6 +73,7 @@ def make_settings(
     compute: str,
     backend: str,
     cfg_parallel: int,
+    max_batch: int,
     warm_up: bool,
     defaults: dict[str, Any],
     log_format: str,
@@ -83,6 +88,7 @@ def make_settings(
         compute: As `ModelSpec` has it.
         backend: As `ModelSpec` has it.
         cfg_parallel: As `ModelSpec` has it.
+        max_batch: As `ModelSpec` has it.
         warm_up: As `ModelSpec` has it.
         defaults: Of request fields.
         log_format: As `Settings` has it.
@@ -93,6 +99,8 @@ def make_settings(
     """
     if dtype not in _DTYPES:
         raise SettingsError(f"--dtype {dtype}: use {', '.join(_DTYPES)}")
+    if max_batch < 1:
+        raise SettingsError(f"--max-batch {max_batch}: must be at least 1")
     if log_format not in ("json", "text"):
         raise SettingsError(f"--log-format {log_format}: use json or text")
     specs = {
@@ -103,6 +111,7 @@ def make_settings(
             compute=compute,
             backend=backend,
             cfg_parallel=cfg_parallel,
+            max_batch=max_batch,
             warm_up=warm_up,
             defaults=defaults,
         )

@@ -26,6 +26,7 @@ class ModelSpec:
         backend: As `load_pipeline` takes it.
         cfg_parallel: Ranks that share the guidance branches: 1 or 2.
         tensor_parallel: Ranks that share each layer.
+        max_batch: Pictures that run together, where the model allows as many.
         loader: ``module:function`` that makes the model of this spec.
         warm_up: Run something small before the model counts as ready.
         defaults: Values of request fields, before the model's own.
@@ -38,6 +39,7 @@ class ModelSpec:
     backend: str = "auto"
     cfg_parallel: int = 1
     tensor_parallel: int = 1
+    max_batch: int = 4
     loader: str = "quantkit_runtime.server.models.loader:load"
     warm_up: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)

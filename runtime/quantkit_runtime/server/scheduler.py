@@ -82,7 +82,6 @@ class Scheduler:
         metrics: What counts them.
         model: Name of the model in the metrics.
         max_queue: Requests that may wait.
-        max_batch: Pictures that may run together, beside the model's own limit.
         max_tries: Times a request is sent before it fails with an engine that dies.
     """
 
@@ -93,14 +92,12 @@ class Scheduler:
         *,
         model: str,
         max_queue: int,
-        max_batch: int,
         max_tries: int = 2,
     ) -> None:
         self.engine = engine
         self._metrics = metrics
         self._model = model
         self._max_queue = max_queue
-        self._max_batch = max_batch
         self._max_tries = max_tries
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by client, the next client first
         self._running: dict[str, Ticket] = {}
@@ -210,7 +207,7 @@ class Scheduler:
             streams = bool(info.kinds & {"chat", "speech"})
             if len(self._running) >= (info.max_active if streams else 1):
                 break
-            self._send(self._next_batch(min(info.max_batch, self._max_batch)))
+            self._send(self._next_batch(info.max_batch))
         self._metrics.queue_depth(self._model, self.waiting)
 
     def _next_batch(self, most: int) -> list[Ticket]:
@@ -219,7 +216,7 @@ class Scheduler:
         batch = [tickets[0]]
         key = batch[0].request.batch_key()
         items = batch[0].request.items
-        if key is not None:
+        if key is not None and not batch[0].tries:  # one that was tried before may be what ended the engine
             for ticket in self._in_turn():
                 if ticket is batch[0] or ticket.request.batch_key() != key:
                     continue

@@ -1,4 +1,4 @@
-"""Traces, where the environment names a collector: FastAPI's own spans of requests, and what happened inside them."""
+"""Traces, where the environment names a collector: FastAPI's spans of requests, and what happened inside them."""
 
 from __future__ import annotations
 
