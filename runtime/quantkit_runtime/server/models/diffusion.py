@@ -184,7 +184,7 @@ class DiffusionModel(BatchModel):
         if is_video:
             defaults["fps"] = 16
         kinds: set[Kind] = {"video" if is_video else "image"}
-        # With a strength, noise is added to a picture; some of these pipelines have None as its default all the same.
+        # With a strength, noise is added to a picture; some of these pipelines have None as its default even so.
         needs_image = takes_image and (takes["image"].default is inspect.Parameter.empty or "strength" in takes)
         return ModelInfo(
             kinds=frozenset(kinds),
