@@ -1,0 +1,108 @@
+"""The HTTP application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+
+import quantkit_runtime
+from quantkit_runtime.server.deployment import Deployment, Deployments
+from quantkit_runtime.server.errors import add_handlers
+from quantkit_runtime.server.job_store import JobStore
+from quantkit_runtime.server.jobs import Jobs
+from quantkit_runtime.server.metrics import Metrics
+from quantkit_runtime.server.middleware import Guard
+from quantkit_runtime.server.protocol import ModelSpec
+from quantkit_runtime.server.routes import chat, images, service, speech, videos
+from quantkit_runtime.server.routes.common import Context
+from quantkit_runtime.server.scheduler import Scheduler
+from quantkit_runtime.server.settings import Settings
+from quantkit_runtime.server.supervisor import EngineGroup
+
+EngineFactory = Callable[[ModelSpec], EngineGroup]
+
+
+def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> FastAPI:
+    """Return the application; its engines start and stop with it.
+
+    Args:
+        settings: What to serve and how.
+        make_engine: Makes the engine of a model; processes on this machine if left out.
+    """
+    make = make_engine or (lambda spec: EngineGroup(spec, settings.patience, log_format=settings.log_format))
+    metrics = Metrics()
+    deployments = Deployments(
+        {name: _deploy(name, make(spec), metrics, settings) for name, spec in settings.models.items()}
+    )
+    context = Context(settings, deployments, metrics)
+    app = FastAPI(
+        title="quantkit",
+        version=quantkit_runtime.__version__,
+        docs_url=None,  # its pages load scripts from elsewhere
+        redoc_url=None,
+        lifespan=_lifespan(context),
+    )
+    app.state.context = context
+    add_handlers(app)
+    for part in (images, videos, chat, speech, service):
+        app.include_router(part.router)
+    app.add_middleware(Guard, settings=settings)
+    app.openapi_schema = _describe(app, needs_key=bool(settings.api_keys))
+    return app
+
+
+def _describe(app: FastAPI, *, needs_key: bool) -> dict[str, Any]:
+    """Return the OpenAPI document as this app really answers."""
+    document = app.openapi()
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)  # FastAPI's own; mistakes are 400 here
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    if needs_key:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
+
+
+def _deploy(name: str, engine: EngineGroup, metrics: Metrics, settings: Settings) -> Deployment:
+    limits = settings.limits
+    scheduler = Scheduler(engine, metrics, model=name, max_queue=limits.max_queue)
+    return Deployment(name, engine, scheduler)
+
+
+def _lifespan(context: Context) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        deployments = context.deployments.by_name.values()
+        for deployment in deployments:
+            deployment.engine.start()
+        context.started = asyncio.create_task(_start(context))
+        try:
+            yield
+        finally:
+            context.started.cancel()
+            await asyncio.gather(context.started, return_exceptions=True)
+            if context.running_jobs is not None:
+                await context.running_jobs.close()
+            for deployment in deployments:
+                await deployment.engine.stop()
+                deployment.scheduler.fail_all("the server stops")
+
+    return lifespan
+
+
+async def _start(context: Context) -> None:
+    """Wait for the models, and take up the video jobs of the last run."""
+    deployments = context.deployments.by_name.values()
+    for deployment in deployments:
+        await deployment.engine.wait_ready()
+    draws_videos = [deployment for deployment in deployments if "video" in deployment.info.kinds]
+    if draws_videos:
+        store = await asyncio.to_thread(JobStore, context.settings.jobs_folder())
+        context.running_jobs = Jobs(store, draws_videos, context.settings.limits)

@@ -1,0 +1,316 @@
+"""The engine process: loads one model and runs what the HTTP process sends.
+
+``supervisor`` starts ``python -m quantkit_runtime.server.engine FD`` and holds the other end of the pipe FD.
+Where several ranks share a model, each is such a process and gets the same messages in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib import import_module
+from multiprocessing.connection import Connection
+from typing import Any
+
+from quantkit_runtime.errors import QuantkitRuntimeError
+from quantkit_runtime.server.inbox import Inbox
+from quantkit_runtime.server.logs import set_up_logging
+from quantkit_runtime.server.models.base import BatchModel, Cancelled, RequestRefusedError, StreamingModel
+from quantkit_runtime.server.protocol import (
+    Cancel,
+    ChatRequest,
+    Failed,
+    FailureKind,
+    Finished,
+    ModelInfo,
+    ModelSpec,
+    Phase,
+    Progress,
+    Ready,
+    Request,
+    Run,
+    SpeechRequest,
+    StartFailed,
+    Stop,
+)
+from quantkit_runtime.server.settings import SettingsError
+
+log = logging.getLogger(__name__)
+
+BROKEN = 3
+"""Exit code of an engine that cannot go on and must be started anew."""
+
+
+def main() -> None:
+    """Run the engine of this process until it is told to stop or its parent is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent drains, then says stop
+        signal.signal(number, signal.SIG_IGN)
+    connection = Connection(int(sys.argv[1]))
+    spec: ModelSpec = connection.recv()
+    rank = int(os.environ.get("RANK", "0"))
+    set_up_logging(os.environ.get("QUANTKIT_LOG_FORMAT", "json"), process=f"engine-{rank}")
+    inbox = Inbox(connection)
+    try:
+        with ExitStack() as stack:
+            model = _start(spec, inbox, stack)
+            engine = Engine(model, inbox, is_first=rank == 0, ranks=spec.ranks)
+            inbox.send(Ready(model.info))
+            engine.serve()
+    except QuantkitRuntimeError as error:
+        inbox.send(StartFailed(str(error), is_mistake=True))
+    except BaseException as error:
+        log.error("engine failed", exc_info=error)
+        inbox.send(StartFailed(_reason(error), is_mistake=False))
+        _exit(BROKEN)
+    _exit(0)
+
+
+def _start(spec: ModelSpec, inbox: Inbox, stack: ExitStack) -> BatchModel | StreamingModel:
+    begin = time.perf_counter()
+    if spec.ranks > 1:
+        from quantkit_runtime.parallel.launch import device_of_rank, joined
+
+        stack.enter_context(joined(device_of_rank(spec.device)))
+        inbox.agree_with(_control_group())
+    module, _, function = spec.loader.partition(":")
+    load = getattr(import_module(module), function)
+    begin = _phase(inbox, "import", begin)
+    model: BatchModel | StreamingModel = load(spec)
+    model.info = _as_asked(model.info, spec)
+    begin = _phase(inbox, "load", begin)
+    if spec.warm_up:
+        model.warm_up()
+        _phase(inbox, "warm up", begin)
+    return model
+
+
+def _control_group() -> Any:
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo")  # on the CPU, whatever the device
+
+
+def _as_asked(info: ModelInfo, spec: ModelSpec) -> ModelInfo:
+    unknown = spec.defaults.keys() - info.parameters - info.defaults.keys()
+    if unknown:
+        known = ", ".join(sorted(info.parameters | info.defaults.keys()))
+        raise SettingsError(f"--default {min(unknown)}: {info.description} takes no such field; it takes {known}")
+    return dataclasses.replace(
+        info, defaults=info.defaults | spec.defaults, max_batch=min(info.max_batch, spec.max_batch)
+    )
+
+
+def _phase(inbox: Inbox, name: str, begin: float) -> float:
+    now = time.perf_counter()
+    inbox.send(Phase(name, now - begin))
+    return now
+
+
+class Engine:
+    """Runs requests on a loaded model.
+
+    Args:
+        model: What runs them.
+        inbox: Where they come from.
+        is_first: Whether this is the rank whose events count.
+        ranks: Number of processes that share the model.
+    """
+
+    def __init__(self, model: BatchModel | StreamingModel, inbox: Inbox, *, is_first: bool, ranks: int) -> None:
+        self.model = model
+        self.inbox = inbox
+        self._is_first = is_first
+        self._ranks = ranks
+        self._waiting: list[Any] = []  # messages that came while a batch ran
+        self._cancelled: set[str] = set()
+        self._streaming: dict[str, Request] = {}
+
+    def serve(self) -> None:
+        """Run what comes until `Stop`."""
+        if isinstance(self.model, BatchModel):
+            self._serve_batches(self.model)
+        else:
+            self._serve_stream(self.model)
+
+    def _serve_batches(self, model: BatchModel) -> None:
+        while True:
+            message = self._waiting.pop(0) if self._waiting else self.inbox.wait()
+            if isinstance(message, Stop):
+                return
+            if isinstance(message, Run):
+                self.inbox.active = len(message.requests)
+                self._run(model, message.requests)
+                self._cancelled.clear()
+                self.inbox.active = 0
+
+    def _run(self, model: BatchModel, requests: Sequence[Request]) -> None:
+        begin = last = time.perf_counter()
+        _reset_peak_memory()
+
+        def on_step(step: int, steps: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            for request in requests:
+                self._send(Progress(request.id, step, steps, now - last))
+            last = now
+            self._receive()
+            if all(request.id in self._cancelled for request in requests):
+                raise Cancelled
+
+        try:
+            results = model.run(requests, on_step)
+        except Cancelled:
+            for request in requests:
+                self._fail(request, "cancelled", "cancelled")
+        except Exception as error:
+            kind, message, param = _classify(error)
+            self._give_up_if_broken(error, kind, message, requests)
+            if kind == "out_of_memory":
+                _free_memory(error)
+            if len(requests) > 1:  # only one of them may be at fault, or all together were too much
+                for request in requests:
+                    self._run(model, [request])
+                return
+            if kind == "internal":
+                log.error("request failed", exc_info=error, extra={"request_id": requests[0].id})
+            self._fail(requests[0], kind, message, param)
+        else:
+            seconds, peak = time.perf_counter() - begin, _peak_memory_bytes()
+            for request, result in zip(requests, results, strict=True):
+                self._send(Finished(request.id, result, seconds, peak))
+
+    def _serve_stream(self, model: StreamingModel) -> None:
+        while True:
+            messages = self.inbox.drain() if model.active else [self.inbox.wait()]
+            for message in messages:
+                if isinstance(message, Stop):
+                    return
+                if isinstance(message, Cancel):
+                    if self._streaming.pop(message.id, None) is not None:
+                        model.cancel(message.id)
+                        self._send(Failed(message.id, "cancelled", "cancelled"))
+                else:
+                    self._admit(model, message)
+            self.inbox.active = model.active
+            if model.active:
+                self._step(model)
+                self.inbox.active = model.active
+
+    def _admit(self, model: StreamingModel, message: Run) -> None:
+        for request in message.requests:
+            assert isinstance(request, (ChatRequest, SpeechRequest))
+            try:
+                model.admit(request)
+            except RequestRefusedError as error:
+                self._fail(request, "refused", str(error), error.param)
+            except Exception as error:
+                kind, text, param = _classify(error)
+                log.error("request failed", exc_info=error, extra={"request_id": request.id})
+                self._give_up_if_broken(error, kind, text, [request])
+                self._fail(request, kind, text, param)
+            else:
+                self._streaming[request.id] = request
+
+    def _step(self, model: StreamingModel) -> None:
+        try:
+            events = model.step()
+        except Exception as error:
+            kind, text, _ = _classify(error)
+            log.error("step failed", exc_info=error)
+            requests = list(self._streaming.values())
+            self._give_up_if_broken(error, kind, text, requests)
+            model.reset()
+            _free_memory(error)
+            for request in requests:
+                self._fail(request, kind, text)
+            self._streaming.clear()
+            return
+        for event in events:
+            self._send(event)
+            if isinstance(event, (Finished, Failed)):
+                self._streaming.pop(event.id, None)
+
+    def _receive(self) -> None:
+        for message in self.inbox.drain():
+            if isinstance(message, Cancel):
+                self._cancelled.add(message.id)
+            else:
+                self._waiting.append(message)
+
+    def _fail(self, request: Request, kind: FailureKind, message: str, param: str | None = None) -> None:
+        self._send(Failed(request.id, kind, message, param))
+
+    def _send(self, message: Any) -> None:
+        if self._is_first:
+            self.inbox.send(message)
+
+    def _give_up_if_broken(
+        self, error: Exception, kind: FailureKind, message: str, requests: Sequence[Request]
+    ) -> None:
+        """End the process after an error that leaves the device, or the other ranks, in an unknown state."""
+        is_broken = isinstance(error, getattr(_torch(), "AcceleratorError", ()))
+        if kind in ("refused", "cancelled") or (self._ranks == 1 and not is_broken):
+            return
+        log.error("engine gives up", exc_info=error)
+        for request in requests:
+            self.inbox.send(Failed(request.id, kind, message))
+        _exit(BROKEN)
+
+
+def _classify(error: Exception) -> tuple[FailureKind, str, str | None]:
+    if isinstance(error, RequestRefusedError):
+        return "refused", str(error), error.param
+    text = str(error)
+    kinds = (MemoryError, getattr(_torch(), "OutOfMemoryError", MemoryError))
+    if isinstance(error, kinds) or "can't allocate memory" in text:
+        return "out_of_memory", "out of memory; ask for less (size, frames, n), or serve with more", None
+    return "internal", _reason(error), None
+
+
+def _free_memory(error: Exception) -> None:
+    """Give back what the failed run still holds; its frames hang on the exception."""
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    if (torch := _torch()) is not None and torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+def _reset_peak_memory() -> None:
+    if (torch := _torch()) is not None and torch.accelerator.is_available():
+        torch.accelerator.reset_peak_memory_stats()
+
+
+def _peak_memory_bytes() -> int:
+    """Return the accelerator's peak since the reset, or the highest resident size of the process so far."""
+    if (torch := _torch()) is not None and torch.accelerator.is_available():
+        return int(torch.accelerator.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _torch() -> Any:
+    """Return torch if the model has imported it."""
+    return sys.modules.get("torch")
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads that wait in a library must not keep the process
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What a kind of model implements to be served.
+
+A module of a kind has ``load(spec: ModelSpec)``, which returns one of the two classes below. Their methods are
+called from the main thread of the engine process, on every rank of a group alike; only the first rank's events
+count.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from quantkit_runtime.server.protocol import ChatRequest, Event, Frames, ModelInfo, Request, SpeechRequest
+
+OnStep = Callable[[int, int], None]
+"""Called after each step with its number from 1 and their number; raises `Cancelled` to stop the run there."""
+
+
+class Cancelled(Exception):  # noqa: N818  (no error: nobody waits for the result any more)
+    """Raised out of a step callback; a model lets it pass through."""
+
+
+class RequestRefusedError(Exception):
+    """A request that this model cannot run, with a reason for the caller and the field it is about."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class BatchModel(ABC):
+    """Runs requests from start to end, several of one ``batch_key`` together: pictures and videos."""
+
+    info: ModelInfo
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Run one small request."""
+
+    @abstractmethod
+    def run(self, requests: Sequence[Request], on_step: OnStep) -> list[Frames]:
+        """Return the result of each request.
+
+        Raises:
+            RequestRefusedError: The model cannot run this.
+            Cancelled: As ``on_step`` raised it.
+            torch.OutOfMemoryError: The engine frees memory, and runs the requests one by one.
+        """
+
+
+class StreamingModel(ABC):
+    """Admits requests while others run, and moves all of them on together: chat and speech.
+
+    The engine calls ``step`` again and again while ``active`` is above zero, and between two steps ``admit`` and
+    ``cancel``. It never has more than ``info.max_active`` admitted.
+    """
+
+    info: ModelInfo
+
+    @property
+    @abstractmethod
+    def active(self) -> int:
+        """Number of requests that are admitted and have not ended."""
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Run one small request."""
+
+    @abstractmethod
+    def admit(self, request: ChatRequest | SpeechRequest) -> None:
+        """Take up a request.
+
+        Raises:
+            RequestRefusedError: The model cannot run this, e.g. the prompt is longer than its context.
+        """
+
+    @abstractmethod
+    def step(self) -> list[Event]:
+        """Move all active requests on by one step, and return what came out.
+
+        Events are `Delta`, and at the end of each request one `Finished` (with an `Answer`) or `Failed`. An
+        exception fails all active requests; `reset` is called then.
+        """
+
+    @abstractmethod
+    def cancel(self, request_id: str) -> None:
+        """Forget an active request; no event follows."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all active requests and what they hold."""

@@ -1,0 +1,171 @@
+"""Command line of the server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from quantkit_runtime.server.protocol import ModelSpec
+from quantkit_runtime.server.settings import Limits, Settings, SettingsError, read_api_keys
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def parse(arguments: list[str]) -> Settings:
+    """Return the settings that a command line gives.
+
+    Raises:
+        SettingsError: An option cannot be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m quantkit_runtime.server", description="Serve a model through an OpenAI-compatible API."
+    )
+    parser.add_argument("model", help="folder or hub id of a pipeline or model, quantized or not")
+    parser.add_argument("--served-model-name", help="name in requests; default: the model as given")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8091, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--api-key-file", type=Path, help="file with one key per line")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, xpu (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=_DTYPES)
+    parser.add_argument("--compute", default="auto", help="16bit, fp8 or auto")
+    parser.add_argument("--backend", default="auto", help="kernels of packed layers")
+    parser.add_argument("--cfg-parallel", type=int, default=1, choices=[1, 2], help="ranks for guidance")
+    parser.add_argument(
+        "--max-batch", type=int, default=4, help="pictures that run together (default: %(default)s)"
+    )
+    parser.add_argument("--default", action="append", default=[], metavar="FIELD=VALUE", help="of a request field")
+    parser.add_argument("--allow-remote-media", action="store_true", help="fetch URLs that requests name")
+    parser.add_argument("--state-dir", type=Path, help="folder of video jobs")
+    parser.add_argument("--drain", type=float, default=30.0, help="seconds for running requests after SIGTERM")
+    parser.add_argument("--log-format", default="json", choices=["json", "text"])
+    parser.add_argument("--no-warm-up", action="store_true", help="do not run a small request first")
+    parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE", help=_limits_help())
+    given = parser.parse_args(arguments)
+    return make_settings(
+        [(given.served_model_name or given.model, given.model)],
+        limits=parse_limits(given.limit),
+        defaults=parse_defaults(given.default),
+        device=given.device,
+        dtype=given.dtype,
+        compute=given.compute,
+        backend=given.backend,
+        cfg_parallel=given.cfg_parallel,
+        max_batch=given.max_batch,
+        warm_up=not given.no_warm_up,
+        host=given.host,
+        port=given.port,
+        api_keys=read_api_keys(given.api_key_file),
+        allow_remote_media=given.allow_remote_media,
+        state_dir=given.state_dir,
+        drain_s=given.drain,
+        log_format=given.log_format,
+    )
+
+
+def make_settings(
+    models: list[tuple[str, str]],
+    *,
+    device: str,
+    dtype: str,
+    compute: str,
+    backend: str,
+    cfg_parallel: int,
+    max_batch: int,
+    warm_up: bool,
+    defaults: dict[str, Any],
+    log_format: str,
+    **server: Any,
+) -> Settings:
+    """Return settings of one or more models that are loaded alike.
+
+    Args:
+        models: Name and path of each.
+        device: As `ModelSpec` has it, or ``auto``.
+        dtype: As `ModelSpec` has it.
+        compute: As `ModelSpec` has it.
+        backend: As `ModelSpec` has it.
+        cfg_parallel: As `ModelSpec` has it.
+        max_batch: As `ModelSpec` has it.
+        warm_up: As `ModelSpec` has it.
+        defaults: Of request fields.
+        log_format: As `Settings` has it.
+        server: The rest of `Settings`.
+
+    Raises:
+        SettingsError: An option cannot be used.
+    """
+    if dtype not in _DTYPES:
+        raise SettingsError(f"--dtype {dtype}: use {', '.join(_DTYPES)}")
+    if max_batch < 1:
+        raise SettingsError(f"--max-batch {max_batch}: must be at least 1")
+    if log_format not in ("json", "text"):
+        raise SettingsError(f"--log-format {log_format}: use json or text")
+    specs = {
+        name: ModelSpec(
+            path=path,
+            device=_device() if device == "auto" else device,
+            dtype=dtype,
+            compute=compute,
+            backend=backend,
+            cfg_parallel=cfg_parallel,
+            max_batch=max_batch,
+            warm_up=warm_up,
+            defaults=defaults,
+        )
+        for name, path in models
+    }
+    return Settings(models=specs, log_format=log_format, **server)
+
+
+def parse_defaults(texts: list[str]) -> dict[str, Any]:
+    """Return the values of ``FIELD=VALUE`` texts: numbers as numbers.
+
+    Raises:
+        SettingsError: One has another form.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name.isidentifier():
+            raise SettingsError(f"--default {text}: write FIELD=VALUE, e.g. num_inference_steps=20")
+        try:
+            number = json.loads(value)
+        except ValueError:
+            number = value
+        found[name] = number if isinstance(number, (int, float)) and not isinstance(number, bool) else value
+    return found
+
+
+def parse_limits(texts: list[str]) -> Limits:
+    """Return the limits that ``NAME=VALUE`` texts give.
+
+    Raises:
+        SettingsError: One has another form, no known name or no positive number.
+    """
+    known: dict[str, type[int] | type[float]] = {name: type(value) for name, value in vars(Limits()).items()}
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or name not in known:
+            raise SettingsError(f"--limit {text}: write NAME=VALUE with one of {', '.join(known)}")
+        try:
+            found[name] = known[name](value)
+        except ValueError:
+            found[name] = 0
+        if not 0 < found[name] < math.inf:
+            raise SettingsError(f"--limit {text}: must be a positive {'whole ' * (known[name] is int)}number")
+    return Limits(**found)
+
+
+def _limits_help() -> str:
+    return "repeatable: " + ", ".join(f"{name}={value}" for name, value in vars(Limits()).items())
+
+
+def _device() -> str:
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found is not None else "cpu"

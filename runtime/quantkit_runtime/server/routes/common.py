@@ -1,0 +1,137 @@
+"""What all endpoints need."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import uuid
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from fastapi import Request
+
+from quantkit_runtime.server.errors import ApiError
+from quantkit_runtime.server.protocol import Delta, Finished, Progress
+from quantkit_runtime.server.schemas import ErrorBody
+
+if TYPE_CHECKING:
+    from quantkit_runtime.server.deployment import Deployments
+    from quantkit_runtime.server.jobs import Jobs
+    from quantkit_runtime.server.metrics import Metrics
+    from quantkit_runtime.server.settings import Settings
+
+T = TypeVar("T")
+Events = AsyncGenerator[Progress | Delta | Finished]
+
+_MEANINGS = {
+    400: "A field is wrong; param names it",
+    401: "No API key, or a wrong one",
+    403: "From a page of another site",
+    404: "Unknown model or id",
+    413: "Body or upload too large",
+    415: "Wrong content type",
+    429: "The queue is full; see Retry-After",
+    500: "The model failed",
+    503: "The model is not ready, or its engine was lost",
+    504: "Not done in time",
+    507: "Out of memory",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": meaning} for status, meaning in _MEANINGS.items()
+}
+"""Answers beside the successful ones, for OpenAPI."""
+
+
+@dataclass
+class Context:
+    """What the app holds.
+
+    Attributes:
+        settings: What it was started with.
+        deployments: The models.
+        metrics: Counters.
+        running_jobs: Video jobs; None until a model that draws videos is loaded.
+        started: Done when all models are loaded, with what stopped them from it.
+    """
+
+    settings: Settings
+    deployments: Deployments
+    metrics: Metrics
+    running_jobs: Jobs | None = None
+    started: asyncio.Task[None] | None = None
+
+    @property
+    def jobs(self) -> Jobs:
+        """Video jobs.
+
+        Raises:
+            ApiError: No model draws videos.
+        """
+        if self.running_jobs is None:
+            raise ApiError(404, "no model that draws videos is served", code="not_found")
+        return self.running_jobs
+
+
+def context_of(request: Request) -> Context:
+    """Return what the app of a request holds."""
+    return cast("Context", request.app.state.context)
+
+
+def client_of(request: Request, user: str | None = None) -> str:
+    """Return whose turn a request takes."""
+    client = str(request.state.client)
+    return f"{client}/{user}" if user else client
+
+
+def owner_of(request: Request) -> str:
+    """Return whose jobs a request may see: those of its key, or all where none is needed."""
+    context = context_of(request)
+    return str(request.state.client) if context.settings.api_keys else ""
+
+
+def new_id(request: Request) -> str:
+    """Return an id for the engine: unique, whatever the client sent, and found in the log by the request's own."""
+    return f"{request.state.request_id}.{uuid.uuid4().hex[:8]}"
+
+
+async def first_of(events: Events) -> Events:
+    """Wait for the first event, and return the events with it; an error raised instead comes out here."""
+    first = await anext(events)
+
+    async def all_of() -> Events:
+        yield first
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+    return all_of()
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return what some work returns, and cancel it when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(499, "the client went away", code="cancelled")
+    finally:
+        for waiting in (task, gone):
+            waiting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await waiting
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def sse(event: str | None, data: Any) -> str:
+    """Return one server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"event: {event}\ndata: {text}\n\n" if event else f"data: {text}\n\n"

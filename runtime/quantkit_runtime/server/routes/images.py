@@ -1,0 +1,116 @@
+"""``/v1/images``."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Form, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from quantkit_runtime.server.checks import image_request
+from quantkit_runtime.server.errors import ApiError, bad_request
+from quantkit_runtime.server.media import decode_image, encode_image
+from quantkit_runtime.server.protocol import Finished, Frames, ImageRequest, Progress
+from quantkit_runtime.server.routes.common import (
+    ERRORS,
+    Events,
+    client_of,
+    context_of,
+    first_of,
+    new_id,
+    sse,
+    unless_gone,
+)
+from quantkit_runtime.server.schemas import ImageEditForm, ImageOptions, ImageRequestBody, ImagesResponse
+
+if TYPE_CHECKING:
+    from quantkit_runtime.server.deployment import Deployment
+
+router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERRORS)
+
+
+@router.post("/generations", response_model=ImagesResponse)
+async def generate(body: ImageRequestBody, request: Request) -> Any:
+    """Draw pictures from a prompt."""
+    context = context_of(request)
+    deployment = context.deployments.find(body.model, "image", "draw pictures")
+    if deployment.info.needs_image:
+        raise bad_request(
+            f"model: {deployment.name} edits pictures; use /v1/images/edits", "model", "unsupported_model"
+        )
+    asked = image_request(body, deployment, context.settings.limits, new_id(request))
+    if body.stream:
+        timeout_s = context.settings.limits.request_timeout_s
+        ticket = deployment.scheduler.submit(asked, client_of(request, body.user), timeout_s=timeout_s)
+        events = await unless_gone(request, first_of(deployment.scheduler.follow(ticket)))
+        return StreamingResponse(_pieces(events, body, asked), media_type="text/event-stream")
+    return await unless_gone(request, _draw(request, body, asked, deployment))
+
+
+@router.post("/edits", response_model=ImagesResponse)
+async def edit(body: Annotated[ImageEditForm, Form(media_type="multipart/form-data")], request: Request) -> Any:
+    """Draw pictures from a prompt and a picture."""
+    context = context_of(request)
+    limits = context.settings.limits
+    deployment = context.deployments.find(body.model, "image", "draw pictures")
+    if "image" not in deployment.info.inputs:
+        raise bad_request(
+            f"model: {deployment.name} ({deployment.info.description}) takes no picture, so it cannot edit",
+            "model", "unsupported_model",
+        )  # fmt: skip
+    data = await body.image.read(limits.max_upload_bytes + 1)
+    image = await asyncio.to_thread(decode_image, data, limits, "image")
+    asked = image_request(body, deployment, limits, new_id(request), image)
+    return await unless_gone(request, _draw(request, body, asked, deployment))
+
+
+async def _draw(request: Request, body: ImageOptions, asked: ImageRequest, deployment: Deployment) -> JSONResponse:
+    timeout_s = context_of(request).settings.limits.request_timeout_s
+    client = client_of(request, body.user)
+    finished, ticket = await deployment.scheduler.run(asked, client, timeout_s=timeout_s)
+    headers = {
+        "X-Model": deployment.name,
+        "X-Inference-Time-S": f"{finished.seconds:.3f}",
+        "X-Queue-Time-S": f"{ticket.wait_s or 0:.3f}",
+        "X-Peak-Memory-MB": f"{finished.peak_memory_bytes / 2**20:.0f}",
+    }
+    return JSONResponse(await _answer(body, asked, finished), headers=headers)
+
+
+async def _pieces(events: Events, body: ImageOptions, asked: ImageRequest) -> AsyncIterator[str]:
+    """Yield progress and, at the end, the pictures or an error; ending it early cancels the request."""
+    try:
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Progress):
+                    kind = "image_generation.progress"
+                    yield sse(kind, {"type": kind, "step": event.step, "steps": event.steps})
+                elif isinstance(event, Finished):
+                    kind = "image_generation.completed"
+                    yield sse(kind, {"type": kind, **await _answer(body, asked, event)})
+    except ApiError as error:
+        yield sse("error", error.body())
+
+
+async def _answer(body: ImageOptions, asked: ImageRequest, finished: Finished) -> dict[str, Any]:
+    assert isinstance(finished.result, Frames)
+    quality = 90 if body.output_compression is None else body.output_compression
+    encoded = await asyncio.gather(
+        *(asyncio.to_thread(encode_image, pixels, body.output_format, quality) for pixels in finished.result.pixels)
+    )
+    _, height, width, _ = finished.result.pixels.shape
+    data = [
+        {"b64_json": base64.b64encode(picture).decode(), "seed": seed}
+        for picture, seed in zip(encoded, asked.seeds, strict=True)
+    ]
+    return {
+        "created": int(time.time()),
+        "data": data,
+        "output_format": body.output_format,
+        "size": f"{width}x{height}",
+    }

@@ -1,0 +1,128 @@
+"""What a server is started with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+
+from quantkit_runtime.errors import QuantkitRuntimeError
+from quantkit_runtime.server.protocol import ModelSpec
+from quantkit_runtime.server.supervisor import Patience
+
+API_KEY_VARIABLE = "QUANTKIT_API_KEY"
+
+
+class SettingsError(QuantkitRuntimeError):
+    """An option of the server cannot be used; the message names it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request, and all of them together, may take.
+
+    Attributes:
+        max_queue: Requests that wait, per model; more get 429.
+        request_timeout_s: From arrival to answer.
+        max_pixels: Width times height.
+        max_frames: Of a video.
+        max_steps: Denoising steps.
+        max_tokens: Of an answer.
+        max_prompt_chars: Of a prompt, or of all messages together.
+        max_body_bytes: Of a request.
+        max_upload_bytes: Of one picture or sound.
+        max_upload_pixels: Of all pictures in a request together, decoded.
+        max_audio_s: Of all sounds in a request together.
+        max_jobs: Video jobs that wait.
+        job_ttl_s: Time that a finished video is kept.
+        job_quota_bytes: Of all files of jobs together.
+    """
+
+    max_queue: int = 64
+    request_timeout_s: float = 600.0
+    max_pixels: int = 2048 * 2048
+    max_frames: int = 257
+    max_steps: int = 200
+    max_tokens: int = 8192
+    max_prompt_chars: int = 32_768
+    max_body_bytes: int = 64 * 2**20
+    max_upload_bytes: int = 20 * 2**20
+    max_upload_pixels: int = 16 * 2**20
+    max_audio_s: float = 600.0
+    max_jobs: int = 1000
+    job_ttl_s: float = 24 * 3600.0
+    job_quota_bytes: int = 20 * 2**30
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A server.
+
+    Attributes:
+        models: By the name that requests use; the first is the default.
+        host: Address to bind.
+        port: Port to bind; 0 takes a free one.
+        api_keys: Any of them opens the API; none is allowed on loopback only.
+        allow_remote_media: Fetch pictures and sounds that a request names by URL.
+        state_dir: Where video jobs are kept.
+        limits: See `Limits`.
+        patience: When an engine counts as hung.
+        drain_s: Time that running requests get after SIGTERM.
+        log_format: ``json`` or ``text``.
+    """
+
+    models: dict[str, ModelSpec]
+    host: str = "127.0.0.1"
+    port: int = 8091
+    api_keys: tuple[str, ...] = ()
+    allow_remote_media: bool = False
+    state_dir: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+    patience: Patience = field(default_factory=Patience)
+    drain_s: float = 30.0
+    log_format: str = "json"
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise SettingsError("no model to serve")
+        if not self.api_keys and not is_loopback(self.host):
+            raise SettingsError(
+                f"--host {self.host}: other machines could reach it; give an API key by --api-key-file or the "
+                f"environment variable {API_KEY_VARIABLE}, or bind 127.0.0.1"
+            )
+
+    def jobs_folder(self) -> Path:
+        """Return where jobs are kept: as given, or a folder of this port's in the user's state directory."""
+        if self.state_dir is not None:
+            return self.state_dir
+        home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        return home / "quantkit-server" / str(self.port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def read_api_keys(file: Path | None) -> tuple[str, ...]:
+    """Read keys from a file, one in each line, or from the environment.
+
+    Raises:
+        SettingsError: The file cannot be read or holds none.
+    """
+    if file is None:
+        found = os.environ.get(API_KEY_VARIABLE, "").strip()
+        return (found,) if found else ()
+    try:
+        lines = file.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--api-key-file {file}: cannot be read ({error})") from error
+    if not lines:
+        raise SettingsError(f"--api-key-file {file}: holds no key; write one per line")
+    return tuple(lines)
