@@ -85,6 +85,10 @@ def command(
         int,
         typer.Option("--cfg-parallel", min=1, max=2, help="2: guidance on two ranks.", rich_help_panel=_HOW),
     ] = 1,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option("--tensor-parallel", min=1, help="Ranks that share the weights.", rich_help_panel=_HOW),
+    ] = 1,
     max_batch: Annotated[
         int, typer.Option("--max-batch", min=1, help="Pictures that run together.", rich_help_panel=_HOW)
     ] = 4,
@@ -118,6 +122,7 @@ def command(
         compute=compute,
         backend=backend,
         cfg_parallel=cfg_parallel,
+        tensor_parallel=tensor_parallel,
         max_batch=max_batch,
         warm_up=warm_up,
         defaults=_sampling(folder, _DEMO_RECIPE if model == "demo" and recipe is None else recipe)

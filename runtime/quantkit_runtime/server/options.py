@@ -33,6 +33,7 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--compute", default="auto", help="16bit, fp8 or auto")
     parser.add_argument("--backend", default="auto", help="kernels of packed layers")
     parser.add_argument("--cfg-parallel", type=int, default=1, choices=[1, 2], help="ranks for guidance")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share the weights")
     parser.add_argument(
         "--max-batch", type=int, default=4, help="pictures that run together (default: %(default)s)"
     )
@@ -53,6 +54,7 @@ def parse(arguments: list[str]) -> Settings:
         compute=given.compute,
         backend=given.backend,
         cfg_parallel=given.cfg_parallel,
+        tensor_parallel=given.tensor_parallel,
         max_batch=given.max_batch,
         warm_up=not given.no_warm_up,
         host=given.host,
@@ -73,6 +75,7 @@ def make_settings(
     compute: str,
     backend: str,
     cfg_parallel: int,
+    tensor_parallel: int,
     max_batch: int,
     warm_up: bool,
     defaults: dict[str, Any],
@@ -88,6 +91,7 @@ def make_settings(
         compute: As `ModelSpec` has it.
         backend: As `ModelSpec` has it.
         cfg_parallel: As `ModelSpec` has it.
+        tensor_parallel: As `ModelSpec` has it.
         max_batch: As `ModelSpec` has it.
         warm_up: As `ModelSpec` has it.
         defaults: Of request fields.
@@ -99,8 +103,9 @@ def make_settings(
     """
     if dtype not in _DTYPES:
         raise SettingsError(f"--dtype {dtype}: use {', '.join(_DTYPES)}")
-    if max_batch < 1:
-        raise SettingsError(f"--max-batch {max_batch}: must be at least 1")
+    for flag, value in (("--max-batch", max_batch), ("--tensor-parallel", tensor_parallel)):
+        if value < 1:
+            raise SettingsError(f"{flag} {value}: must be at least 1")
     if log_format not in ("json", "text"):
         raise SettingsError(f"--log-format {log_format}: use json or text")
     specs = {
@@ -111,6 +116,7 @@ def make_settings(
             compute=compute,
             backend=backend,
             cfg_parallel=cfg_parallel,
+            tensor_parallel=tensor_parallel,
             max_batch=max_batch,
             warm_up=warm_up,
             defaults=defaults,

@@ -41,19 +41,27 @@ def load(spec: ModelSpec) -> DiffusionModel:
     from quantkit_runtime.load import load_pipeline
 
     device: Any = spec.device
+    mesh: Any = None
     if spec.ranks > 1:
+        from quantkit_runtime.parallel import make_mesh
         from quantkit_runtime.parallel.launch import device_of_rank
 
         device = device_of_rank(spec.device)
+        mesh = make_mesh(device, cfg=spec.cfg_parallel, tensor=spec.tensor_parallel)
     pipeline = load_pipeline(
-        spec.path, device=device, dtype=getattr(torch, spec.dtype), compute=spec.compute, backend=spec.backend
+        spec.path,
+        device=device,
+        dtype=getattr(torch, spec.dtype),
+        compute=spec.compute,
+        backend=spec.backend,
+        tensor_parallel=None if mesh is None else mesh["tensor"],
     )
     pipeline.set_progress_bar_config(disable=True)
-    if spec.cfg_parallel == 1:
+    if mesh is None:
         return DiffusionModel(pipeline, pipeline)
-    from quantkit_runtime.parallel import CfgParallel
+    from quantkit_runtime.parallel import parallel_call
 
-    return DiffusionModel(pipeline, CfgParallel(pipeline))
+    return DiffusionModel(pipeline, parallel_call(pipeline, mesh))
 
 
 class DiffusionModel(BatchModel):
