@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 FUSED_ROWS = {
-    "NVIDIA H100 80GB HBM3": 192,
-    "NVIDIA H200": 192,
+    "NVIDIA H100 80GB HBM3": 128,
 }
 DEFAULT_FUSED_ROWS = 128
 

@@ -19,7 +19,6 @@ from quantkit_runtime.kernels import multiply as kernels
 from quantkit_runtime.kernels.tiles import PART, TILE
 
 _MIN_TILES_PER_PROGRAM = 3
-_MAX_SPLIT = 8
 _UNPACKED_AT_ONCE = 64
 _MAX_E4M3 = 448.0
 
@@ -32,11 +31,13 @@ class _Shape:
         warps: Of a program.
         stages: Of loads, the one in use included.
         programs_per_multiprocessor: What sharing K among programs aims at.
+        most_shares: Of K at most; the parts of many rows cost more to add up than they save.
     """
 
     warps: int
     stages: int
     programs_per_multiprocessor: float
+    most_shares: int = 8
 
 
 # The fastest of all combinations of 2, 4 and 8 warps, 3 to 5 stages and up to 8 shares of K, on an H100.
@@ -44,8 +45,8 @@ _SHAPES = {
     8: _Shape(2, 5, 1.5),
     16: _Shape(2, 3, 1.5),
     32: _Shape(4, 3, 2.9),
-    64: _Shape(8, 3, 0.75),
-    128: _Shape(8, 3, 0.75),
+    64: _Shape(4, 3, 1.2, most_shares=4),
+    128: _Shape(8, 3, 0.75, most_shares=4),
 }
 MAX_BLOCK_ROWS = max(_SHAPES)
 
@@ -79,7 +80,7 @@ def multiply(
     shape = _SHAPES[block]
     blocks, parts = triton.cdiv(rows, block), triton.cdiv(out_features, PART)
     wanted = round(shape.programs_per_multiprocessor * _multiprocessors(x.device) / (blocks * parts))
-    split = max(1, min(wanted, tiles.shape[0] // _MIN_TILES_PER_PROGRAM, _MAX_SPLIT))
+    split = max(1, min(wanted, tiles.shape[0] // _MIN_TILES_PER_PROGRAM, shape.most_shares))
     if blocks * parts > counters.numel():
         split = 1
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)

@@ -126,9 +126,9 @@ def multiply_kernel(
     tiles = tl.cdiv(K, 128)
     share = tl.cdiv(tiles, SPLIT)
     first = split * share
-    # Rows beyond the last are copies of it, and not stored: cheaper than masks.
+    # Rows beyond the last are copies of the first ones, and not stored: cheaper than masks.
     acc = _accumulate(
-        x_ptr + tl.minimum(m, M - 1) * K, tiles_ptr, scales_ptr, zeros_ptr, n, N, K, first,
+        x_ptr + m % M * K, tiles_ptr, scales_ptr, zeros_ptr, n, N, K, first,
         tl.minimum(first + share, tiles), GROUP, ASYM, EVEN_N, EVEN_K, BM, BN, STAGES, PTX,
     )  # fmt: skip
     at = m[None, :] * N + n[:, None]
