@@ -23,6 +23,7 @@ from typing import Any
 from quantkit_runtime.errors import QuantkitRuntimeError
 from quantkit_runtime.server.inbox import Inbox
 from quantkit_runtime.server.logs import set_up_logging
+from quantkit_runtime.server.memory import peak_memory_bytes
 from quantkit_runtime.server.models.base import BatchModel, Cancelled, RequestRefusedError, StreamingModel
 from quantkit_runtime.server.protocol import (
     Cancel,
@@ -182,7 +183,7 @@ class Engine:
                 log.error("request failed", exc_info=error, extra={"request_id": requests[0].id})
             self._fail(requests[0], kind, message, param)
         else:
-            seconds, peak = time.perf_counter() - begin, _peak_memory_bytes()
+            seconds, peak = time.perf_counter() - begin, peak_memory_bytes()
             for request, result in zip(requests, results, strict=True):
                 self._send(Finished(request.id, result, seconds, peak))
 
@@ -292,17 +293,6 @@ def _reset_peak_memory() -> None:
 
     if torch.accelerator.is_available():
         torch.accelerator.reset_peak_memory_stats()
-
-
-def _peak_memory_bytes() -> int:
-    """Return the accelerator's peak since the reset, or the highest resident size of the process so far."""
-    import resource
-
-    import torch
-
-    if torch.accelerator.is_available():
-        return int(torch.accelerator.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _reason(error: BaseException) -> str:

@@ -27,6 +27,7 @@ class ModelSpec:
         cfg_parallel: Ranks that share the guidance branches: 1 or 2.
         tensor_parallel: Ranks that share each layer.
         loader: ``module:function`` that makes the model of this spec.
+        exact: Chats do not depend on what is written beside them, not even in rounding; see `generation.Batch`.
         warm_up: Run something small before the model counts as ready.
         defaults: Values of request fields, before the model's own.
     """
@@ -39,6 +40,7 @@ class ModelSpec:
     cfg_parallel: int = 1
     tensor_parallel: int = 1
     loader: str = "quantkit_runtime.server.models:load"
+    exact: bool = False
     warm_up: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)
 
@@ -173,6 +175,8 @@ class ChatRequest:
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     stop: tuple[str, ...] = ()
     seed: int = 0
     modalities: tuple[str, ...] = ("text",)

@@ -1,0 +1,266 @@
+"""Answers of many requests at once, held against what the models' own ``generate`` writes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from quantkit_runtime import load_model
+from quantkit_runtime.generation.batch import Batch
+from quantkit_runtime.generation.sampling import Sampler, SamplingParams
+from quantkit_runtime.server.models.base import RequestRefusedError
+from quantkit_runtime.server.models.chat import ChatModel
+from quantkit_runtime.server.models.conversation import Reader
+from quantkit_runtime.server.protocol import (
+    AudioPart,
+    ChatRequest,
+    Delta,
+    Finished,
+    ImagePart,
+    Message,
+    SpeechRequest,
+    TextPart,
+)
+from tiny.chat import build_chat, round_chat
+from tiny_omni import build_qwen2_5_omni, build_qwen3_omni
+
+TOKENS = 24
+PENALTY = 1.5
+
+
+def _packed_chat(folder):
+    return round_chat(build_chat(folder.parent / "bf16"), folder)
+
+
+BUILDERS = {"qwen2.5-omni": build_qwen2_5_omni, "qwen3-omni": build_qwen3_omni, "packed-llama": _packed_chat}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = BUILDERS[name](tmp_path_factory.mktemp(name) / "model")
+        return made[name]
+
+    return folder
+
+
+def _messages(folder):
+    """Conversations of different lengths; of omni models some with a picture or a sound."""
+    random = np.random.default_rng(0)
+    picture = ImagePart(random.integers(0, 255, (56, 84, 3), dtype=np.uint8))
+    sound = AudioPart(random.standard_normal(9000).astype(np.float32), 16_000)
+    texts = [TextPart(f"{'red ' * count}{count}") for count in range(1, 7)]
+    if "omni" in str(folder):
+        return [
+            (Message("user", parts),)
+            for parts in (
+                (texts[0],), (picture, texts[1]), (sound, texts[2]), (texts[3],), (sound, picture, texts[4]), (texts[5],)
+            )
+        ]  # fmt: skip
+    return [(Message("user", (text,)),) for text in texts]
+
+
+def _generate(model, reader, inputs):
+    writer = getattr(model, "thinker", model)
+    ends = writer.generation_config.eos_token_id
+    ends = reader.tokenizer.eos_token_id if ends is None else ends
+    # The penalty keeps random weights from writing one token for ever.
+    written = writer.generate(
+        **inputs, do_sample=False, max_new_tokens=TOKENS, eos_token_id=ends, repetition_penalty=PENALTY
+    )
+    return written[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def _write(batch, all_inputs, **params):
+    tokens = {str(index): [] for index in range(len(all_inputs))}
+    for index, inputs in enumerate(all_inputs):
+        batch.add(str(index), inputs, SamplingParams(**{"max_tokens": TOKENS, "temperature": 0, "repetition_penalty": PENALTY, **params}))
+    while len(batch):
+        for piece in batch.step():
+            tokens[piece.key].append(piece.token)
+    return list(tokens.values())
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize(
+    ("dtype", "exact"), [(torch.float32, False), (torch.bfloat16, True)], ids=["batched-fp32", "exact-bf16"]
+)
+def test_greedy_answers_are_those_of_generate_alone_and_beside_others(folders, name, dtype, exact):
+    folder = folders(name)
+    model, reader = load_model(folder, dtype=dtype), Reader(folder)
+    inputs = [reader.read(messages) for messages in _messages(folder)]
+    expected = [_generate(model, reader, one) for one in inputs]
+    assert len({tuple(tokens) for tokens in expected}) == len(expected)
+    batch = Batch(getattr(model, "thinker", model), reader.tokenizer, max_batch=4, exact=exact)
+    assert _write(batch, inputs) == expected
+    assert [_write(batch, [one])[0] for one in inputs[:2]] == expected[:2]
+
+
+@pytest.fixture(scope="module")
+def omni(folders):
+    folder = folders("qwen2.5-omni")
+    return ChatModel(load_model(folder), Reader(folder), max_active=3)
+
+
+def _request(key, text="Hello", **changes):
+    values = {"max_tokens": 12, "temperature": 0.0, **changes}
+    return ChatRequest(key, (Message("user", (TextPart(text),)),), **values)
+
+
+def _run(model, *requests, cancel_after=None):
+    """Return text, sounds and result of each request."""
+    for request in requests:
+        model.admit(request)
+    texts, sounds, results = {one.id: "" for one in requests}, {one.id: [] for one in requests}, {}
+    steps = 0
+    while model.active:
+        for event in model.step():
+            if isinstance(event, Delta):
+                texts[event.id] += event.text
+                if event.samples is not None:
+                    sounds[event.id].append(event.samples)
+            else:
+                results[event.id] = event.result
+        steps += 1
+        if cancel_after is not None and steps == cancel_after[0]:
+            model.cancel(cancel_after[1])
+    return texts, sounds, results
+
+
+def test_the_same_seed_writes_the_same_answer_whatever_runs_beside_it(omni):
+    asked = _request("a", temperature=1.5, seed=7, max_tokens=20)
+    alone = _run(omni, asked)[0]["a"]
+    other = _run(omni, _request("a", temperature=1.5, seed=8, max_tokens=20))[0]["a"]
+    assert _run(omni, asked)[0]["a"] == alone
+    assert other != alone
+
+
+def test_usage_counts_tokens_and_the_limit_is_the_reason_of_the_end(omni):
+    result = _run(omni, _request("a", max_tokens=9))[2]["a"]
+    assert (result.finish_reason, result.usage.completion_tokens) == ("length", 9)
+    longer = _run(omni, _request("a", text="Hello you", max_tokens=1))[2]["a"]
+    assert longer.usage.prompt_tokens == result.usage.prompt_tokens + len(" you")
+
+
+def test_an_answer_ends_before_a_stop_string(omni):
+    whole = _run(omni, _request("a", max_tokens=30, temperature=1.0, seed=1))[0]["a"]
+    stop = whole[4:6]
+    texts, _, results = _run(omni, _request("a", max_tokens=30, temperature=1.0, seed=1, stop=(stop,)))
+    assert texts["a"] == whole[: whole.index(stop)]
+    assert results["a"].finish_reason == "stop"
+    assert results["a"].usage.completion_tokens < 30
+
+
+def test_a_cancelled_answer_leaves_the_others_as_they_are(omni):
+    requests = [_request(key, text=key * 5) for key in "abc"]
+    expected = {key: _run(omni, one)[0][key] for key, one in zip("abc", requests, strict=True)}
+    texts, _, results = _run(omni, *requests, cancel_after=(5, "b"))
+    assert results.keys() == {"a", "c"}
+    assert len(texts["b"]) < len(expected["b"])
+    assert results["a"].usage.completion_tokens == results["c"].usage.completion_tokens == 12
+
+
+def test_a_spoken_answer_has_the_same_text_and_sound_of_its_own(omni):
+    written = _run(omni, _request("a"), _request("b", text="Other"))[0]
+    texts, sounds, results = _run(
+        omni, _request("a", modalities=("text", "audio")), _request("b", text="Other", max_tokens=30)
+    )
+    assert texts["a"] == written["a"]
+    assert texts["b"].startswith(written["b"][:2])
+    (samples,) = sounds["a"]
+    assert samples.dtype == np.float32
+    assert samples.size > 0
+    assert np.isfinite(samples).all()
+    again = _run(omni, _request("a", modalities=("text", "audio")))[1]["a"][0]
+    assert np.array_equal(samples, again)
+    assert results["a"].usage.completion_tokens == 12
+
+
+def test_speech_reads_a_text_aloud_without_writing_one(omni):
+    texts, sounds, results = _run(omni, SpeechRequest("a", "Good day", seed=3))
+    assert texts["a"] == ""
+    assert sounds["a"][0].size > 0
+    assert results["a"].usage.prompt_tokens == len("Good day")
+
+
+def test_speaking_can_be_cancelled_and_the_model_goes_on(omni):
+    _, _, results = _run(
+        omni, _request("a", modalities=("text", "audio"), max_tokens=100), _request("b"), cancel_after=(4, "a")
+    )
+    assert results.keys() == {"b"}
+    assert _run(omni, SpeechRequest("c", "Hi"))[1]["c"][0].size > 0
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (_request("a", text="x" * 5000), "messages"),
+        (_request("a", modalities=("audio",), voice="Nobody"), "voice"),
+        (SpeechRequest("a", "x" * 5000), "input"),
+        (ChatRequest("a", (Message("user", (AudioPart(np.zeros(40_000, np.float32), 16_000),)),), 5), "messages"),
+    ],
+    ids=["long-prompt", "voice", "long-speech", "long-sound"],
+)
+def test_what_the_model_cannot_run_is_refused_with_the_field(omni, request_, param):
+    with pytest.raises(RequestRefusedError) as refused:
+        omni.admit(request_)
+    assert refused.value.param == param
+    assert omni.active == 0
+
+
+def test_a_model_of_text_refuses_pictures_sounds_and_speech(folders):
+    folder = folders("packed-llama")
+    model = ChatModel(load_model(folder), Reader(folder))
+    assert (model.info.kinds, model.info.inputs) == ({"chat"}, frozenset())
+    picture = Message("user", (ImagePart(np.zeros((8, 8, 3), np.uint8)),))
+    for request in (ChatRequest("a", (picture,), 5), _request("b", modalities=("audio",)), SpeechRequest("c", "x")):
+        with pytest.raises(RequestRefusedError):
+            model.admit(request)
+
+
+def test_a_step_that_fails_leaves_a_model_that_can_go_on(omni, monkeypatch):
+    omni.admit(_request("a"))
+    omni.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(omni._batch, "_write", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            omni.step()
+    omni.reset()
+    assert omni.active == 0
+    assert _run(omni, _request("a"))[2]["a"].usage.completion_tokens == 12
+
+
+def _frequencies(logits, draws=4000, **params):
+    counts = np.zeros(len(logits))
+    sampler = Sampler(SamplingParams(seed=0, **params), ())
+    for _ in range(draws):
+        counts[sampler.choose(torch.tensor(logits))] += 1
+    return counts / draws
+
+
+def test_tokens_are_drawn_with_the_probabilities_that_temperature_makes():
+    logits = [0.0, 1.0, 2.0, -1.0]
+    expected = torch.tensor(logits).div(0.7).softmax(0).numpy()
+    assert np.abs(_frequencies(logits, temperature=0.7) - expected).max() < 0.03
+
+
+def test_top_k_and_top_p_leave_out_the_unlikely():
+    logits = np.log([0.5, 0.3, 0.15, 0.05]).tolist()
+    assert (_frequencies(logits, draws=500, top_k=2) > 0).tolist() == [True, True, False, False]
+    # 0.5 + 0.3 reach 0.75, so the second is the last that may be drawn.
+    assert (_frequencies(logits, draws=500, top_p=0.75) > 0).tolist() == [True, True, False, False]
+    assert (_frequencies(logits, draws=500, top_p=1e-6) > 0).tolist() == [True, False, False, False]
+
+
+def test_penalties_move_the_choice_away_from_what_was_written():
+    logits = torch.tensor([2.0, 1.9, 0.0])
+    frequency = Sampler(SamplingParams(temperature=0, frequency_penalty=0.2), ())
+    assert [frequency.choose(logits) for _ in range(4)] == [0, 1, 0, 1]
+    presence = Sampler(SamplingParams(temperature=0, presence_penalty=2.0), ())
+    assert [presence.choose(logits) for _ in range(4)] == [0, 1, 0, 0]
+    repetition = Sampler(SamplingParams(temperature=0, repetition_penalty=1.2), (0,))
+    assert repetition.choose(logits) == 1
