@@ -13,7 +13,7 @@ from quantkit_runtime.server.errors import add_handlers
 from quantkit_runtime.server.metrics import Metrics
 from quantkit_runtime.server.middleware import Guard
 from quantkit_runtime.server.protocol import ModelSpec
-from quantkit_runtime.server.routes import images, service
+from quantkit_runtime.server.routes import chat, images, service, speech
 from quantkit_runtime.server.routes.common import Context
 from quantkit_runtime.server.scheduler import Scheduler
 from quantkit_runtime.server.settings import Settings
@@ -43,8 +43,8 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
     )
     app.state.context = Context(settings, deployments, metrics)
     add_handlers(app)
-    app.include_router(service.router)
-    app.include_router(images.router)
+    for part in (images, chat, speech, service):
+        app.include_router(part.router)
     app.add_middleware(Guard, settings=settings)
     return app
 

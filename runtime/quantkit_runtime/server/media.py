@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 
+SOUND_RATE = 16_000
+"""Samples per second of a decoded sound."""
+
+SOUND_TYPES = {
+    "wav": "audio/wav",
+    "pcm": "audio/pcm",
+    "pcm16": "audio/pcm",
+    "mp3": "audio/mpeg",
+    "flac": "audio/flac",
+    "opus": "audio/ogg",
+}
+"""Media types by the name of a format."""
+
+_ENCODERS = {"mp3": ("libmp3lame", "mp3"), "flac": ("flac", "flac"), "opus": ("libopus", "ogg")}
 _PICTURES = ("PNG", "JPEG", "WEBP")
 _DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w-]+=[\w.-]+)*;base64,", re.ASCII)
 # What the first bytes of a sound say it is; what a request calls it does not count. Only these demuxers are
@@ -62,18 +76,32 @@ def encode_mp4(frames: np.ndarray, fps: int) -> bytes:
     return buffer.getvalue()
 
 
-def encode_wav(samples: np.ndarray, rate: int) -> bytes:
-    """Encode float samples (count,) in [-1, 1] as 16-bit WAV."""
+def encode_sound(samples: np.ndarray, rate: int, form: str) -> bytes:
+    """Encode float samples (count,) in [-1, 1]; ``form`` is a key of `SOUND_TYPES`."""
+    short = (np.clip(samples, -1, 1) * 32767).astype("<i2")
+    if form in ("pcm", "pcm16"):
+        return bytes(short.tobytes())
     buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+    if form == "wav":
+        with wave.open(buffer, "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(short.tobytes())
+        return buffer.getvalue()
+    import av
+
+    codec, container_name = _ENCODERS[form]
+    with av.open(buffer, "w", format=container_name) as container:
+        stream = container.add_stream(codec, rate=48_000 if form == "opus" else rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(short.reshape(1, -1), format="s16", layout="mono")
+        frame.sample_rate = rate
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
     return buffer.getvalue()
 
 
-def decode_image(data: bytes, limits: Limits, param: str) -> np.ndarray:
+def decode_image(data: bytes, limits: Limits, param: str, max_pixels: int | None = None) -> np.ndarray:
     """Decode a PNG, JPEG or WebP into uint8 (height, width, 3).
 
     Raises:
@@ -85,10 +113,10 @@ def decode_image(data: bytes, limits: Limits, param: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=_PICTURES) as picture:
             width, height = picture.size
-            if width * height > limits.max_upload_pixels:
+            if width * height > (limits.max_upload_pixels if max_pixels is None else max_pixels):
                 raise ApiError(
                     413,
-                    f"{param}: {width}x{height} pixels; at most {limits.max_upload_pixels} in all",
+                    f"{param}: {width}x{height} pixels; at most {limits.max_upload_pixels} in one request",
                     param=param,
                     code="image_too_large",
                 )
@@ -99,14 +127,14 @@ def decode_image(data: bytes, limits: Limits, param: str) -> np.ndarray:
         raise bad_request(f"{param}: cannot be decoded ({error})", param, "invalid_image") from None
 
 
-def decode_audio(data: bytes, limits: Limits, param: str, rate: int = 16_000) -> np.ndarray:
-    """Decode a WAV, MP3, FLAC or Ogg into float32 (samples,), one channel.
+def decode_audio(data: bytes, limits: Limits, param: str, max_s: float | None = None) -> np.ndarray:
+    """Decode a WAV, MP3, FLAC or Ogg into float32 (samples,): one channel, `SOUND_RATE` a second.
 
     Args:
         data: The file.
         limits: Of bytes and seconds.
         param: Field of the request, for errors.
-        rate: Samples per second of the result.
+        max_s: Less than the limit, where other sounds have used it.
 
     Raises:
         ApiError: It is none of these, damaged or too long.
@@ -118,10 +146,10 @@ def decode_audio(data: bytes, limits: Limits, param: str, rate: int = 16_000) ->
     if form is None:
         raise bad_request(f"{param}: is no WAV, MP3, FLAC or Ogg sound", param, "invalid_audio")
     parts: list[np.ndarray] = []
-    left = int(limits.max_audio_s * rate)
+    left = int((limits.max_audio_s if max_s is None else max_s) * SOUND_RATE)
     try:
         with av.open(io.BytesIO(data), format=form) as container:
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=SOUND_RATE)
             frames = container.decode(audio=0)
             for frame in frames:
                 for piece in resampler.resample(frame):
@@ -130,7 +158,7 @@ def decode_audio(data: bytes, limits: Limits, param: str, rate: int = 16_000) ->
                 if left < 0:
                     raise ApiError(
                         413,
-                        f"{param}: longer than {limits.max_audio_s:g} s",
+                        f"{param}: more than {limits.max_audio_s:g} s of sound in one request",
                         param=param,
                         code="audio_too_long",
                     )

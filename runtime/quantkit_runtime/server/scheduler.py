@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from quantkit_runtime.server.errors import ApiError, error_of
@@ -151,7 +151,7 @@ class Scheduler:
                 return event, ticket
         raise AssertionError("a ticket ends with Finished or an exception")
 
-    async def follow(self, ticket: Ticket) -> AsyncIterator[Progress | Delta | Finished]:
+    async def follow(self, ticket: Ticket) -> AsyncGenerator[Progress | Delta | Finished]:
         """Yield the events of a ticket; closing the iterator cancels it.
 
         Raises:

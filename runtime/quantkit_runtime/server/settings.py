@@ -33,8 +33,8 @@ class Limits:
         max_prompt_chars: Of a prompt, or of all messages together.
         max_body_bytes: Of a request.
         max_upload_bytes: Of one picture or sound.
-        max_upload_pixels: Of one picture, decoded.
-        max_audio_s: Of one sound.
+        max_upload_pixels: Of all pictures in a request together, decoded.
+        max_audio_s: Of all sounds in a request together.
         max_jobs: Video jobs that wait.
         job_ttl_s: Time that a finished video is kept.
         job_quota_bytes: Of all files of jobs together.
@@ -50,7 +50,7 @@ class Limits:
     max_prompt_chars: int = 32_768
     max_body_bytes: int = 64 * 2**20
     max_upload_bytes: int = 20 * 2**20
-    max_upload_pixels: int = 32 * 2**20
+    max_upload_pixels: int = 16 * 2**20
     max_audio_s: float = 600.0
     max_jobs: int = 1000
     job_ttl_s: float = 24 * 3600.0

@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import json
 import uuid
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastapi import Request
 
 from quantkit_runtime.server.errors import ApiError
+from quantkit_runtime.server.protocol import Delta, Finished, Progress
 from quantkit_runtime.server.schemas import ErrorBody
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from quantkit_runtime.server.settings import Settings
 
 T = TypeVar("T")
+Events = AsyncGenerator[Progress | Delta | Finished]
 
 _MEANINGS = {
     400: "A field is wrong; param names it",
@@ -70,6 +73,19 @@ def client_of(request: Request, user: str | None = None) -> str:
 def new_id(request: Request) -> str:
     """Return an id for the engine: unique, whatever the client sent, and found in the log by the request's own."""
     return f"{request.state.request_id}.{uuid.uuid4().hex[:8]}"
+
+
+async def first_of(events: Events) -> Events:
+    """Wait for the first event, and return the events with it; an error raised instead comes out here."""
+    first = await anext(events)
+
+    async def all_of() -> Events:
+        yield first
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+    return all_of()
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

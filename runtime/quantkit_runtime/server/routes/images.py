@@ -6,6 +6,7 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Form, Request
@@ -15,7 +16,16 @@ from quantkit_runtime.server.checks import image_request
 from quantkit_runtime.server.errors import ApiError, bad_request
 from quantkit_runtime.server.media import decode_image, encode_image
 from quantkit_runtime.server.protocol import Finished, Frames, ImageRequest, Progress
-from quantkit_runtime.server.routes.common import ERRORS, client_of, context_of, new_id, sse, unless_gone
+from quantkit_runtime.server.routes.common import (
+    ERRORS,
+    Events,
+    client_of,
+    context_of,
+    first_of,
+    new_id,
+    sse,
+    unless_gone,
+)
 from quantkit_runtime.server.schemas import ImageEditForm, ImageOptions, ImageRequestBody, ImagesResponse
 
 if TYPE_CHECKING:
@@ -35,7 +45,10 @@ async def generate(body: ImageRequestBody, request: Request) -> Any:
         )
     asked = image_request(body, deployment, context.settings.limits, new_id(request))
     if body.stream:
-        return StreamingResponse(_stream(request, body, asked, deployment), media_type="text/event-stream")
+        timeout_s = context.settings.limits.request_timeout_s
+        ticket = deployment.scheduler.submit(asked, client_of(request, body.user), timeout_s=timeout_s)
+        events = await unless_gone(request, first_of(deployment.scheduler.follow(ticket)))
+        return StreamingResponse(_pieces(events, body, asked), media_type="text/event-stream")
     return await unless_gone(request, _draw(request, body, asked, deployment))
 
 
@@ -69,20 +82,17 @@ async def _draw(request: Request, body: ImageOptions, asked: ImageRequest, deplo
     return JSONResponse(await _answer(body, asked, finished), headers=headers)
 
 
-async def _stream(
-    request: Request, body: ImageOptions, asked: ImageRequest, deployment: Deployment
-) -> AsyncIterator[str]:
+async def _pieces(events: Events, body: ImageOptions, asked: ImageRequest) -> AsyncIterator[str]:
     """Yield progress and, at the end, the pictures or an error; ending it early cancels the request."""
-    timeout_s = context_of(request).settings.limits.request_timeout_s
     try:
-        ticket = deployment.scheduler.submit(asked, client_of(request, body.user), timeout_s=timeout_s)
-        async for event in deployment.scheduler.follow(ticket):
-            if isinstance(event, Progress):
-                kind = "image_generation.progress"
-                yield sse(kind, {"type": kind, "step": event.step, "steps": event.steps})
-            elif isinstance(event, Finished):
-                kind = "image_generation.completed"
-                yield sse(kind, {"type": kind, **await _answer(body, asked, event)})
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Progress):
+                    kind = "image_generation.progress"
+                    yield sse(kind, {"type": kind, "step": event.step, "steps": event.steps})
+                elif isinstance(event, Finished):
+                    kind = "image_generation.completed"
+                    yield sse(kind, {"type": kind, **await _answer(body, asked, event)})
     except ApiError as error:
         yield sse("error", error.body())
 

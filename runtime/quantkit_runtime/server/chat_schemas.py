@@ -1,0 +1,175 @@
+"""Bodies of chats and speeches, as OpenAI and vLLM have them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from quantkit_runtime.server.schemas import Seed, Strict
+
+AudioFormat = Literal["wav", "pcm16", "mp3", "flac", "opus"]
+SpeechFormat = Literal["wav", "pcm", "mp3", "flac", "opus"]
+
+
+class TextContent(Strict):
+    """Text of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Url(Strict):
+    """Where a picture or sound is: ``data:...;base64,...``, or http(s) where the server allows it."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] = Field("auto", description="Accepted for all models, used by none")
+
+
+class ImageContent(Strict):
+    """A picture of a message."""
+
+    type: Literal["image_url"]
+    image_url: Url
+
+
+class AudioData(Strict):
+    """A sound in base64; what it is is read from its first bytes."""
+
+    data: str
+    format: Literal["wav", "mp3", "flac", "ogg", "opus"] = "wav"
+
+
+class AudioContent(Strict):
+    """A sound of a message."""
+
+    type: Literal["input_audio"]
+    input_audio: AudioData
+
+
+class AudioUrl(Strict):
+    """Where a sound is."""
+
+    url: str
+
+
+class AudioUrlContent(Strict):
+    """A sound of a message, by URL."""
+
+    type: Literal["audio_url"]
+    audio_url: AudioUrl
+
+
+Content = Annotated[TextContent | ImageContent | AudioContent | AudioUrlContent, Field(discriminator="type")]
+
+
+class MessageBody(Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Content]
+
+
+class StreamOptions(Strict):
+    """What a stream tells beside the answer."""
+
+    include_usage: bool = False
+
+
+class AudioOptions(Strict):
+    """How the answer sounds."""
+
+    voice: str | None = None
+    format: AudioFormat = "wav"
+
+
+class ChatBody(Strict):
+    """``POST /v1/chat/completions``; sampling values left out are the model's own."""
+
+    model: str | None = None
+    messages: list[MessageBody] = Field(min_length=1, max_length=1024)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=1, le=100_000)
+    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=256)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=16)]
+        | None
+    ) = None
+    seed: Seed | None = None
+    n: Literal[1] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    modalities: list[Literal["text", "audio"]] = Field(["text"], min_length=1, max_length=2)
+    audio: AudioOptions | None = None
+    user: str | None = Field(None, max_length=256)
+
+
+class SpeechBody(Strict):
+    """``POST /v1/audio/speech``."""
+
+    model: str | None = None
+    input: str = Field(min_length=1, pattern=r"\S")
+    voice: str | None = None
+    response_format: SpeechFormat = "mp3"
+    seed: Seed | None = None
+    user: str | None = Field(None, max_length=256)
+
+
+class UsageBody(BaseModel):
+    """Tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class AudioAnswer(BaseModel):
+    """The answer as sound, in base64."""
+
+    id: str
+    data: str
+    expires_at: int
+    transcript: str
+
+
+class AssistantMessage(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    audio: AudioAnswer | None = None
+
+
+class Choice(BaseModel):
+    """The one choice."""
+
+    index: Literal[0] = 0
+    message: AssistantMessage
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    """An answer that is not streamed."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: UsageBody
+
+
+def chunk(
+    identity: str, created: int, model: str, delta: dict[str, Any] | None, finish: str | None
+) -> dict[str, Any]:
+    """Return a piece of a streamed answer; without a delta one that has no choices, for the usage."""
+    choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+    return {
+        "id": identity, "object": "chat.completion.chunk", "created": created, "model": model, "choices": choices
+    }  # fmt: skip

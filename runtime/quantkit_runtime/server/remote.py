@@ -1,0 +1,78 @@
+"""Fetching what a request names by URL, where the operator allows it: from public addresses only."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+from urllib.parse import urlsplit
+
+from quantkit_runtime.server.errors import ApiError, bad_request
+
+_TIMEOUT_S = 10.0
+_CHUNK = 2**16
+
+
+def fetch(url: str, max_bytes: int, param: str) -> bytes:
+    """Fetch a URL; redirects are not followed.
+
+    The address is looked up once and checked, and the connection goes to it, so that a name cannot point elsewhere
+    a moment later.
+
+    Args:
+        url: http or https.
+        max_bytes: Of the answer.
+        param: Field of the request, for errors.
+
+    Raises:
+        ApiError: It is no such URL, points into a private network, or does not answer as it should.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise bad_request(f"{param}: is no URL", param, "invalid_url") from None
+    if parts.scheme not in ("http", "https") or not host or parts.username is not None:
+        raise bad_request(f"{param}: is no http or https URL", param, "invalid_url")
+    port = port or (443 if parts.scheme == "https" else 80)
+    try:
+        address = _public_address(host, port, param)
+        with socket.create_connection((address, port), _TIMEOUT_S) as plain:
+            return _get(plain, parts.scheme, host, _target(parts.path, parts.query), max_bytes, param)
+    except (OSError, http.client.HTTPException, UnicodeError):
+        raise bad_request(f"{param}: {host} cannot be reached", param, "fetch_failed") from None
+
+
+def _public_address(host: str, port: int, param: str) -> str:
+    found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    for address in found:
+        parsed = ipaddress.ip_address(str(address).partition("%")[0])
+        mapped = getattr(parsed, "ipv4_mapped", None)
+        if not (mapped or parsed).is_global or parsed.is_multicast:
+            raise bad_request(f"{param}: {host} is not a public address", param, "private_address")
+    return str(min(found, key=lambda address: (":" in str(address), str(address))))
+
+
+def _get(plain: socket.socket, scheme: str, host: str, target: str, max_bytes: int, param: str) -> bytes:
+    connection = http.client.HTTPConnection(host, timeout=_TIMEOUT_S)
+    connection.sock = plain
+    if scheme == "https":
+        connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+    try:
+        connection.request("GET", target, headers={"Accept": "image/*, audio/*"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise bad_request(f"{param}: {host} answers {response.status}", param, "fetch_failed")
+        data = bytearray()
+        while piece := response.read(_CHUNK):
+            data += piece
+            if len(data) > max_bytes:
+                raise ApiError(413, f"{param}: larger than {max_bytes} bytes", param=param, code="upload_too_large")
+        return bytes(data)
+    finally:
+        connection.close()
+
+
+def _target(path: str, query: str) -> str:
+    return (path or "/") + (f"?{query}" if query else "")

@@ -1,0 +1,56 @@
+"""``/v1/audio/speech``."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+
+from quantkit_runtime.server.chat_schemas import SpeechBody
+from quantkit_runtime.server.conversation import speech_request
+from quantkit_runtime.server.errors import ApiError
+from quantkit_runtime.server.media import SOUND_TYPES, encode_sound
+from quantkit_runtime.server.protocol import Delta, Finished
+from quantkit_runtime.server.routes.common import ERRORS, Events, client_of, context_of, new_id, unless_gone
+
+if TYPE_CHECKING:
+    from quantkit_runtime.server.deployment import Deployment
+
+router = APIRouter(prefix="/v1/audio", tags=["speech"], responses=ERRORS)
+
+
+@router.post(
+    "/speech",
+    response_class=Response,
+    responses={200: {"content": {kind: {} for kind in SOUND_TYPES.values()}, "description": "The sound"}},
+)
+async def speak(body: SpeechBody, request: Request) -> Response:
+    """Read a text aloud."""
+    context = context_of(request)
+    settings = context.settings
+    deployment = context.deployments.find(body.model, "speech", "speak")
+    asked = speech_request(body, deployment, settings, new_id(request))
+    ticket = deployment.scheduler.submit(
+        asked, client_of(request, body.user), timeout_s=settings.limits.request_timeout_s
+    )
+    return await unless_gone(request, _sound(deployment.scheduler.follow(ticket), body, deployment))
+
+
+async def _sound(events: Events, body: SpeechBody, deployment: Deployment) -> Response:
+    pieces: list[np.ndarray] = []
+    rate, seconds = 0, 0.0
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Delta) and event.samples is not None:
+                pieces.append(event.samples)
+                rate = event.rate
+            elif isinstance(event, Finished):
+                seconds = event.seconds
+    if not pieces:
+        raise ApiError(500, "the model made no sound", code="internal_error")
+    data = await asyncio.to_thread(encode_sound, np.concatenate(pieces), rate, body.response_format)
+    headers = {"X-Model": deployment.name, "X-Inference-Time-S": f"{seconds:.3f}", "X-Sample-Rate": str(rate)}
+    return Response(data, media_type=SOUND_TYPES[body.response_format], headers=headers)
