@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny.chat import build_chat, round_chat
+from tiny_omni import build_qwen2_5_omni, build_qwen3_omni
 
 from quantkit_runtime import load_model
 from quantkit_runtime.generation.batch import Batch
@@ -16,14 +18,11 @@ from quantkit_runtime.server.protocol import (
     AudioPart,
     ChatRequest,
     Delta,
-    Finished,
     ImagePart,
     Message,
     SpeechRequest,
     TextPart,
 )
-from tiny.chat import build_chat, round_chat
-from tiny_omni import build_qwen2_5_omni, build_qwen3_omni
 
 TOKENS = 24
 PENALTY = 1.5
@@ -58,7 +57,8 @@ def _messages(folder):
         return [
             (Message("user", parts),)
             for parts in (
-                (texts[0],), (picture, texts[1]), (sound, texts[2]), (texts[3],), (sound, picture, texts[4]), (texts[5],)
+                (texts[0],), (picture, texts[1]), (sound, texts[2]),
+                (texts[3],), (sound, picture, texts[4]), (texts[5],),
             )
         ]  # fmt: skip
     return [(Message("user", (text,)),) for text in texts]
@@ -78,7 +78,11 @@ def _generate(model, reader, inputs):
 def _write(batch, all_inputs, **params):
     tokens = {str(index): [] for index in range(len(all_inputs))}
     for index, inputs in enumerate(all_inputs):
-        batch.add(str(index), inputs, SamplingParams(**{"max_tokens": TOKENS, "temperature": 0, "repetition_penalty": PENALTY, **params}))
+        batch.add(
+            str(index),
+            inputs,
+            SamplingParams(**{"max_tokens": TOKENS, "temperature": 0, "repetition_penalty": PENALTY, **params}),
+        )
     while len(batch):
         for piece in batch.step():
             tokens[piece.key].append(piece.token)

@@ -1,8 +1,8 @@
 """Continuous batching: answers join and leave a running batch between any two tokens.
 
-transformers' own facility (``generate_batch``) takes token ids and counts positions one by one. The thinkers of omni
-models read images and audio, and their positions have three axes; so prompts go through the model's own forward, and
-the batch is kept here, the same for every model.
+transformers' own facility (``generate_batch``) takes token ids and counts positions one by one. The thinkers of
+omni models read images and audio, and their positions have three axes; so prompts go through the model's own
+forward, and the batch is kept here, the same for every model.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class _Answer:
 class Batch:
     """Answers that are written side by side, one token each per step.
 
-    Not thread-safe: one thread adds, steps and cancels. A step reads the prompt of at most one answer that waits, and
-    then writes a token of each that does not; so a long prompt delays the others by itself alone.
+    Not thread-safe: one thread adds, steps and cancels. A step reads the prompt of at most one answer that waits,
+    and then writes a token of each that does not; so a long prompt delays the others by itself alone.
 
     Every answer has its own sampling and random numbers. A batch computes what an answer alone does, up to the
-    rounding of the kernels, which choose another order of summation for another number of rows: in bfloat16 a greedy
-    answer may part ways where two tokens are all but equally likely. With ``exact`` each row goes through the model
-    by itself, and the answers are those of ``generate`` to the last bit, whatever else is written; that costs
-    the throughput of batching.
+    rounding of the kernels, which choose another order of summation for another number of rows: in bfloat16 a
+    greedy answer may part ways where two tokens are all but equally likely. With ``exact`` each row goes through
+    the model by itself, and the answers are those of ``generate`` to the last bit, whatever else is written; that
+    costs the throughput of batching.
 
     Args:
         writer: A transformers model that writes text, in evaluation mode; of omni models, the thinker.
@@ -122,6 +122,7 @@ class Batch:
         stream = TextStream(self._tokenizer, params.stop)
         self._waiting.append(_Answer(key, inputs, params, Sampler(params, prompt), stream))
 
+    @torch.inference_mode()  # the cache's tensors may not be changed outside of it
     def cancel(self, key: str) -> bool:
         """Drop an answer; return whether there was one of this key."""
         for answer in self._waiting:

@@ -13,9 +13,9 @@ _GROWTH_TOKENS = 256
 class SlotCache:
     """A key-value cache of rows that come and go; to a transformers model it looks like one of its own.
 
-    Row ``i`` holds ``lengths[i]`` tokens from the left; what is to their right is never attended to. Rows are always
-    the first ones of the tensors, so that a step reads a slice and copies nothing: when an answer ends, the last row
-    moves into its place. Tensors are (rows, heads, tokens, head size), grown in steps of 256 tokens.
+    Row ``i`` holds ``lengths[i]`` tokens from the left; what is to their right is never attended to. Rows are
+    always the first ones of the tensors, so that a step reads a slice and copies nothing: when an answer ends, the
+    last row moves into its place. Tensors are (rows, heads, tokens, head size), grown in steps of 256 tokens.
 
     Attributes:
         lengths: Tokens in each row.
@@ -80,7 +80,9 @@ class SlotCache:
         """Count the new token of every row that took one."""
         self.lengths[self._part] = [length + 1 for length in self.lengths[self._part]]
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Put the new token of each row behind its others; return the rows up to the longest. Called by layers."""
         end = max(self.lengths[self._part]) + 1
         held = self._keys[layer][self._part], self._values[layer][self._part]

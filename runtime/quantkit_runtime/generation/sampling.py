@@ -81,9 +81,7 @@ class Sampler:
         if self._counts and (params.presence_penalty or params.frequency_penalty):
             tokens = torch.tensor(list(self._counts), device=scores.device)
             counts = torch.tensor(list(self._counts.values()), dtype=scores.dtype, device=scores.device)
-            scores = scores.index_add(
-                0, tokens, -(params.presence_penalty + params.frequency_penalty * counts)
-            )
+            scores = scores.index_add(0, tokens, -(params.presence_penalty + params.frequency_penalty * counts))
         return scores
 
     def _draw(self, scores: Tensor) -> int:

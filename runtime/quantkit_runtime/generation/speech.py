@@ -19,8 +19,9 @@ SAMPLE_RATE = 24_000
 """Samples per second of what the Qwen omni models speak."""
 
 _CODES_AT_LEAST = 64
-_CODES_PER_TOKEN = 32  # speech takes about ten codes for each token of text; a talker that runs away takes any number
-_MAX_CODES = 4096
+_CODES_PER_TOKEN = (
+    32  # speech takes about ten codes for each token of text; a talker that runs away takes any number
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Speaker:
         params: How the text is written.
         voice: One of `voices`.
         script: Tokens that are read aloud, instead of an answer.
+        max_codes: Of the talker; about 25 to 50 are a second of sound.
         on_text: Called with each piece of text.
     """
 
@@ -73,6 +75,7 @@ class Speaker:
         voice: str,
         *,
         script: Sequence[int] | None = None,
+        max_codes: int = 4096,
         on_text: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self._model = model
@@ -81,6 +84,7 @@ class Speaker:
         self._voice = voice
         self._ends = end_tokens(model.thinker, tokenizer)
         self._script = None if script is None else [*script, min(self._ends)]
+        self._max_codes = max_codes
         self._stream = TextStream(tokenizer, params.stop)
         self._on_text = on_text
         self._prompt = tuple(inputs["input_ids"][0].tolist())
@@ -122,7 +126,7 @@ class Speaker:
             nonlocal codes
             give_way()
             codes += 1
-            most = min(_CODES_AT_LEAST + _CODES_PER_TOKEN * len(self._tokens), _MAX_CODES)
+            most = min(_CODES_AT_LEAST + _CODES_PER_TOKEN * len(self._tokens), self._max_codes)
             return torch.tensor([codes >= most], device=ids.device)
 
         # The talker has no generator of its own to be given.
@@ -138,7 +142,7 @@ class Speaker:
                 thinker_logits_processor=[choose],
                 thinker_stopping_criteria=[after_token],
                 talker_stopping_criteria=[after_code],
-                talker_max_new_tokens=_MAX_CODES,
+                talker_max_new_tokens=self._max_codes,
                 **_talker_ends(model),
             )
         return Spoken(tuple(self._tokens), samples.reshape(-1).float().cpu().numpy(), self._reason)

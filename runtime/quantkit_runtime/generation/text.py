@@ -72,9 +72,7 @@ class TextStream:
         return ready
 
     def _decode(self, tokens: list[int]) -> str:
-        decoded: str = self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        decoded: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return decoded
 
 

@@ -16,8 +16,8 @@ class StoppedError(BaseException):
 class Turns(Generic[T]):
     """Runs a library's call a step at a time, beside other work of the same thread.
 
-    The call has a thread of its own, but never runs at the same time as the caller of `step`: the two take turns. So
-    what they share, such as a model's modules, needs no lock.
+    The call has a thread of its own, but never runs at the same time as the caller of `step`: the two take turns.
+    So what they share, such as a model's modules, needs no lock.
 
     Args:
         call: Gets `give_way`, which it calls wherever it can wait.

@@ -31,6 +31,9 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--compute", default="auto", help="16bit, fp8 or auto")
     parser.add_argument("--backend", default="auto", help="kernels of packed layers")
     parser.add_argument("--cfg-parallel", type=int, default=1, choices=[1, 2], help="ranks for guidance")
+    parser.add_argument(
+        "--exact", action="store_true", help="greedy chats do not depend on the load, but are slower"
+    )
     parser.add_argument("--default", action="append", default=[], metavar="FIELD=VALUE", help="of a request field")
     parser.add_argument("--allow-remote-media", action="store_true", help="fetch URLs that requests name")
     parser.add_argument("--state-dir", type=Path, help="folder of video jobs")
@@ -51,6 +54,7 @@ def parse(arguments: list[str]) -> Settings:
         compute=given.compute,
         backend=given.backend,
         cfg_parallel=given.cfg_parallel,
+        exact=given.exact,
         warm_up=not given.no_warm_up,
         host=given.host,
         port=given.port,
@@ -70,6 +74,7 @@ def make_settings(
     compute: str,
     backend: str,
     cfg_parallel: int,
+    exact: bool = False,
     warm_up: bool,
     defaults: dict[str, Any],
     **server: Any,
@@ -83,6 +88,7 @@ def make_settings(
         compute: As `ModelSpec` has it.
         backend: As `ModelSpec` has it.
         cfg_parallel: As `ModelSpec` has it.
+        exact: As `ModelSpec` has it.
         warm_up: As `ModelSpec` has it.
         defaults: Of request fields.
         server: The rest of `Settings`.
@@ -95,6 +101,7 @@ def make_settings(
             compute=compute,
             backend=backend,
             cfg_parallel=cfg_parallel,
+            exact=exact,
             warm_up=warm_up,
             defaults=defaults,
         )

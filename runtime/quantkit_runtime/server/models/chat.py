@@ -81,7 +81,8 @@ class _ToSpeak:
     inputs: dict[str, Any]
     params: SamplingParams
     voice: str
-    script: list[int] | None
+    script: list[int] | None = None
+    max_codes: int = 4096
 
 
 class ChatModel(StreamingModel):
@@ -129,7 +130,7 @@ class ChatModel(StreamingModel):
         params = self._params(request, count)
         if "audio" in request.modalities:
             voice = self._voice(request.voice)
-            self._to_speak.append(_ToSpeak(request.id, inputs, params, voice, None))
+            self._to_speak.append(_ToSpeak(request.id, inputs, params, voice))
         else:
             self._batch.add(request.id, inputs, params)
         self._active[request.id] = _Active(request, count, time.perf_counter())
@@ -161,7 +162,7 @@ class ChatModel(StreamingModel):
 
     def _describe(self, writer: Any, max_active: int) -> ModelInfo:
         found = voices(self._model)
-        kinds: set[Kind] = {"chat"} | ({"speech"} if found else set())
+        kinds: tuple[Kind, ...] = ("chat", "speech") if found else ("chat",)
         written = writer.generation_config
         own = {
             name: value
@@ -222,10 +223,11 @@ class ChatModel(StreamingModel):
         count = inputs["input_ids"].shape[1]
         if count + len(script) >= self._batch.max_context:
             raise RequestRefusedError(
-                f"input: {len(script)} tokens; the model takes at most {self._batch.max_context - count - 1}", "input"
+                f"input: {len(script)} tokens; the model takes at most {self._batch.max_context - count - 1}",
+                "input",
             )
         params = SamplingParams(max_tokens=len(script) + 1, temperature=0, seed=request.seed)
-        self._to_speak.append(_ToSpeak(request.id, inputs, params, voice, list(script)))
+        self._to_speak.append(_ToSpeak(request.id, inputs, params, voice, list(script), request.max_tokens))
         self._active[request.id] = _Active(request, len(script), time.perf_counter())
 
     def _tell(self, piece: Piece) -> list[Event]:
@@ -257,7 +259,14 @@ class ChatModel(StreamingModel):
                 self._said.append(Delta(one.key, text, tokens=1))
 
         speaker = Speaker(
-            self._model, self._reader.tokenizer, one.inputs, one.params, one.voice, script=one.script, on_text=say
+            self._model,
+            self._reader.tokenizer,
+            one.inputs,
+            one.params,
+            one.voice,
+            script=one.script,
+            max_codes=one.max_codes,
+            on_text=say,
         )
         return one.key, speaker
 

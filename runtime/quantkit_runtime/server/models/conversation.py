@@ -26,7 +26,9 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         transformers = import_optional("transformers")
-        is_multimodal = (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file()
+        is_multimodal = (folder / "preprocessor_config.json").is_file() or (
+            folder / "processor_config.json"
+        ).is_file()
         auto = transformers.AutoProcessor if is_multimodal else transformers.AutoTokenizer
         try:
             self._processor: Any = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -34,8 +36,8 @@ class Reader:
             reason = str(error).splitlines()[0]
             raise CheckpointFormatError(f"{folder}: holds no tokenizer that can be loaded: {reason}") from error
         self.tokenizer: Any = getattr(self._processor, "tokenizer", self._processor)
-        self._listener = getattr(self._processor, "feature_extractor", None)
-        looker = getattr(self._processor, "image_processor", None)
+        self._listener: Any = getattr(self._processor, "feature_extractor", None)
+        looker: Any = getattr(self._processor, "image_processor", None)
         self.inputs = frozenset(
             name for name, part in (("image", looker), ("audio", self._listener)) if part is not None
         )
@@ -74,9 +76,13 @@ class Reader:
             for one in messages
         ]
         try:
-            prompt: str = self._processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            prompt: str = self._processor.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True
+            )
         except import_optional("jinja2").TemplateError as error:
-            raise RequestRefusedError(f"messages: the model's chat template refuses them: {error}", "messages") from error
+            raise RequestRefusedError(
+                f"messages: the model's chat template refuses them: {error}", "messages"
+            ) from error
         return prompt
 
     def _image(self, part: ImagePart) -> Any:
