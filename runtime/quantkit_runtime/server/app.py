@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -10,10 +11,12 @@ from fastapi import FastAPI
 import quantkit_runtime
 from quantkit_runtime.server.deployment import Deployment, Deployments
 from quantkit_runtime.server.errors import add_handlers
+from quantkit_runtime.server.job_store import JobStore
+from quantkit_runtime.server.jobs import Jobs
 from quantkit_runtime.server.metrics import Metrics
 from quantkit_runtime.server.middleware import Guard
 from quantkit_runtime.server.protocol import ModelSpec
-from quantkit_runtime.server.routes import chat, images, service, speech
+from quantkit_runtime.server.routes import chat, images, page, service, speech, videos
 from quantkit_runtime.server.routes.common import Context
 from quantkit_runtime.server.scheduler import Scheduler
 from quantkit_runtime.server.settings import Settings
@@ -34,16 +37,17 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
     deployments = Deployments(
         {name: _deploy(name, make(spec), metrics, settings) for name, spec in settings.models.items()}
     )
+    context = Context(settings, deployments, metrics)
     app = FastAPI(
         title="quantkit",
         version=quantkit_runtime.__version__,
         docs_url=None,  # its pages load scripts from elsewhere
         redoc_url=None,
-        lifespan=_lifespan(deployments),
+        lifespan=_lifespan(context),
     )
-    app.state.context = Context(settings, deployments, metrics)
+    app.state.context = context
     add_handlers(app)
-    for part in (images, chat, speech, service):
+    for part in (images, videos, chat, speech, service, page):
         app.include_router(part.router)
     app.add_middleware(Guard, settings=settings)
     return app
@@ -55,16 +59,33 @@ def _deploy(name: str, engine: EngineGroup, metrics: Metrics, settings: Settings
     return Deployment(name, engine, scheduler)
 
 
-def _lifespan(deployments: Deployments) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(context: Context) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        for deployment in deployments.by_name.values():
+        deployments = context.deployments.by_name.values()
+        for deployment in deployments:
             deployment.engine.start()
+        context.started = asyncio.create_task(_start(context))
         try:
             yield
         finally:
-            for deployment in deployments.by_name.values():
+            context.started.cancel()
+            await asyncio.gather(context.started, return_exceptions=True)
+            if context.running_jobs is not None:
+                await context.running_jobs.close()
+            for deployment in deployments:
                 await deployment.engine.stop()
                 deployment.scheduler.fail_all("the server stops")
 
     return lifespan
+
+
+async def _start(context: Context) -> None:
+    """Wait for the models, and take up the video jobs of the last run."""
+    deployments = context.deployments.by_name.values()
+    for deployment in deployments:
+        await deployment.engine.wait_ready()
+    draws_videos = [deployment for deployment in deployments if "video" in deployment.info.kinds]
+    if draws_videos:
+        store = await asyncio.to_thread(JobStore, context.settings.jobs_folder())
+        context.running_jobs = Jobs(store, draws_videos, context.settings.limits)

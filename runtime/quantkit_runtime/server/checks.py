@@ -23,7 +23,7 @@ _OPTIONS = (
     "max_sequence_length",
     "strength",
 )
-_SEEDS = 2**63
+_SEEDS = 2**53
 
 
 def image_request(

@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -23,7 +24,6 @@ from typing import Any
 from quantkit_runtime.errors import QuantkitRuntimeError
 from quantkit_runtime.server.inbox import Inbox
 from quantkit_runtime.server.logs import set_up_logging
-from quantkit_runtime.server.memory import peak_memory_bytes
 from quantkit_runtime.server.models.base import BatchModel, Cancelled, RequestRefusedError, StreamingModel
 from quantkit_runtime.server.protocol import (
     Cancel,
@@ -76,7 +76,6 @@ def main() -> None:
 
 def _start(spec: ModelSpec, inbox: Inbox, stack: ExitStack) -> BatchModel | StreamingModel:
     begin = time.perf_counter()
-    import_module("torch")
     if spec.ranks > 1:
         from quantkit_runtime.parallel.launch import device_of_rank, joined
 
@@ -183,7 +182,7 @@ class Engine:
                 log.error("request failed", exc_info=error, extra={"request_id": requests[0].id})
             self._fail(requests[0], kind, message, param)
         else:
-            seconds, peak = time.perf_counter() - begin, peak_memory_bytes()
+            seconds, peak = time.perf_counter() - begin, _peak_memory_bytes()
             for request, result in zip(requests, results, strict=True):
                 self._send(Finished(request.id, result, seconds, peak))
 
@@ -234,6 +233,8 @@ class Engine:
             self._streaming.clear()
             return
         for event in events:
+            if isinstance(event, Finished):
+                event = dataclasses.replace(event, peak_memory_bytes=_peak_memory_bytes())  # noqa: PLW2901
             self._send(event)
             if isinstance(event, (Finished, Failed)):
                 self._streaming.pop(event.id, None)
@@ -256,10 +257,8 @@ class Engine:
         self, error: Exception, kind: FailureKind, message: str, requests: Sequence[Request]
     ) -> None:
         """End the process after an error that leaves the device, or the other ranks, in an unknown state."""
-        import torch
-
-        alone = self._ranks == 1
-        if kind in ("refused", "cancelled") or (alone and not isinstance(error, torch.AcceleratorError)):
+        is_broken = isinstance(error, getattr(_torch(), "AcceleratorError", ()))
+        if kind in ("refused", "cancelled") or (self._ranks == 1 and not is_broken):
             return
         log.error("engine gives up", exc_info=error)
         for request in requests:
@@ -268,31 +267,38 @@ class Engine:
 
 
 def _classify(error: Exception) -> tuple[FailureKind, str, str | None]:
-    import torch
-
     if isinstance(error, RequestRefusedError):
         return "refused", str(error), error.param
     text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    kinds = (MemoryError, getattr(_torch(), "OutOfMemoryError", MemoryError))
+    if isinstance(error, kinds) or "can't allocate memory" in text:
         return "out_of_memory", "out of memory; ask for less (size, frames, n), or serve with more", None
     return "internal", _reason(error), None
 
 
 def _free_memory(error: Exception) -> None:
     """Give back what the failed run still holds; its frames hang on the exception."""
-    import torch
-
     traceback.clear_frames(error.__traceback__)
     gc.collect()
-    if torch.accelerator.is_available():
+    if (torch := _torch()) is not None and torch.accelerator.is_available():
         torch.accelerator.empty_cache()
 
 
 def _reset_peak_memory() -> None:
-    import torch
-
-    if torch.accelerator.is_available():
+    if (torch := _torch()) is not None and torch.accelerator.is_available():
         torch.accelerator.reset_peak_memory_stats()
+
+
+def _peak_memory_bytes() -> int:
+    """Return the accelerator's peak since the reset, or the highest resident size of the process so far."""
+    if (torch := _torch()) is not None and torch.accelerator.is_available():
+        return int(torch.accelerator.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _torch() -> Any:
+    """Return torch if the model has imported it."""
+    return sys.modules.get("torch")
 
 
 def _reason(error: BaseException) -> str:

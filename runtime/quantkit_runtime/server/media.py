@@ -60,12 +60,12 @@ def encode_image(pixels: np.ndarray, form: ImageFormat = "png", quality: int = 9
 
 
 def encode_mp4(frames: np.ndarray, fps: int) -> bytes:
-    """Encode uint8 frames (count, height, width, 3) as H.264 in MP4, playable before it is all there."""
+    """Encode uint8 frames (count, height, width, 3) as H.264 in MP4."""
     import av
 
     _, height, width, _ = frames.shape
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "18", "preset": "veryfast"})
         stream.width, stream.height = width, height
         # Players expect half as many colours as pixels, which odd sizes cannot have.

@@ -23,6 +23,7 @@ def parse(arguments: list[str]) -> Settings:
     )
     parser.add_argument("model", help="folder or hub id of a pipeline or model, quantized or not")
     parser.add_argument("--served-model-name", help="name in requests; default: the model as given")
+    parser.add_argument("--reference", help="a second model, which the page at / shows beside the first")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8091, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--api-key-file", type=Path, help="file with one key per line")
@@ -45,8 +46,12 @@ def parse(arguments: list[str]) -> Settings:
             _flag(limit.name), dest=limit.name, type=type(limit.default), default=limit.default, metavar="N"
         )
     given = parser.parse_args(arguments)
+    models = [(given.served_model_name or given.model, given.model)]
+    if given.reference is not None:
+        models.append((given.reference, given.reference))
     return make_settings(
-        [(given.served_model_name or given.model, given.model)],
+        models,
+        reference=given.reference,
         limits=Limits(**{limit.name: getattr(given, limit.name) for limit in fields(Limits)}),
         defaults=parse_defaults(given.default),
         device=given.device,
@@ -92,7 +97,14 @@ def make_settings(
         warm_up: As `ModelSpec` has it.
         defaults: Of request fields.
         server: The rest of `Settings`.
+
+    Raises:
+        SettingsError: Two models have one name.
     """
+    if len({name for name, _ in models}) < len(models):
+        raise SettingsError(
+            f"--reference {models[-1][0]}: is served already; rename the first by --served-model-name"
+        )
     specs = {
         name: ModelSpec(
             path=path,

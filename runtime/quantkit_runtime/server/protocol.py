@@ -39,7 +39,7 @@ class ModelSpec:
     backend: str = "auto"
     cfg_parallel: int = 1
     tensor_parallel: int = 1
-    loader: str = "quantkit_runtime.server.models:load"
+    loader: str = "quantkit_runtime.server.models.loader:load"
     exact: bool = False
     warm_up: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)

@@ -6,15 +6,14 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Iterable
 
 import uvicorn
 
+from quantkit_runtime.errors import QuantkitRuntimeError
 from quantkit_runtime.server.app import create_app
-from quantkit_runtime.server.deployment import Deployment
 from quantkit_runtime.server.logs import set_up_logging
+from quantkit_runtime.server.routes.common import Context
 from quantkit_runtime.server.settings import Settings, SettingsError
-from quantkit_runtime.server.supervisor import EngineStartError
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ async def _serve(settings: Settings, bound: socket.socket) -> None:
     )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[bound]))
-    starting = asyncio.create_task(_wait_ready(app.state.context.deployments.by_name.values(), server))
+    starting = asyncio.create_task(_wait_started(app.state.context, server))
     host, port = bound.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log.info("listening", extra={"url": url, "models": list(settings.models)})
@@ -53,7 +52,7 @@ async def _serve(settings: Settings, bound: socket.socket) -> None:
             starting.result()
             log.info("ready", extra={"url": url, "seconds": round(time.perf_counter() - begin, 1)})
             await serving
-    except EngineStartError:
+    except QuantkitRuntimeError:
         server.should_exit = True
         await serving
         raise
@@ -61,11 +60,11 @@ async def _serve(settings: Settings, bound: socket.socket) -> None:
         starting.cancel()
 
 
-async def _wait_ready(deployments: Iterable[Deployment], server: uvicorn.Server) -> None:
+async def _wait_started(context: Context, server: uvicorn.Server) -> None:
     while not server.started:
         await asyncio.sleep(0.01)
-    for deployment in deployments:
-        await deployment.engine.wait_ready()
+    assert context.started is not None
+    await asyncio.shield(context.started)
 
 
 def _bound(settings: Settings) -> socket.socket:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, le=2**53 - 1)]  # what JSON readers hold exactly
 Size = Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$", description="WIDTHxHEIGHT in pixels")]
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Prompt = Annotated[str, Field(min_length=1, pattern=r"\S", description="Not empty")]

@@ -12,8 +12,8 @@ from starlette.datastructures import Headers
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.settings import is_loopback
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-"""Probes need no key."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/", "/page.js", "/page.css"})
+"""Probes need no key; nor does the page, which asks for one."""
 
 
 class KeyRing:
@@ -41,7 +41,7 @@ class KeyRing:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        return f"key-{matches.index(True) + 1}"
+        return f"key-{digest.hex()[:12]}"
 
 
 def check_origin(headers: Headers, *, bound_to_loopback: bool) -> None:

@@ -63,6 +63,7 @@ class Settings:
 
     Attributes:
         models: By the name that requests use; the first is the default.
+        reference: Name of the model that the page holds the others against.
         host: Address to bind.
         port: Port to bind; 0 takes a free one.
         api_keys: Any of them opens the API; none is allowed on loopback only.
@@ -75,6 +76,7 @@ class Settings:
     """
 
     models: dict[str, ModelSpec]
+    reference: str | None = None
     host: str = "127.0.0.1"
     port: int = 8091
     api_keys: tuple[str, ...] = ()

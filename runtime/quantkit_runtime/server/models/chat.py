@@ -12,7 +12,6 @@ from quantkit_runtime.errors import CheckpointFormatError
 from quantkit_runtime.generation.batch import Batch, Piece
 from quantkit_runtime.generation.sampling import SamplingParams
 from quantkit_runtime.generation.speech import SAMPLE_RATE, Speaker, voices
-from quantkit_runtime.server.memory import peak_memory_bytes
 from quantkit_runtime.server.models.base import RequestRefusedError, StreamingModel
 from quantkit_runtime.server.models.conversation import Reader
 from quantkit_runtime.server.protocol import (
@@ -279,4 +278,5 @@ class ChatModel(StreamingModel):
     def _end(self, key: str, reason: str) -> Finished:
         active = self._active.pop(key)
         usage = Usage(active.prompt_tokens, active.completion_tokens)
-        return Finished(key, Answer(reason, usage), time.perf_counter() - active.begin, peak_memory_bytes())
+        seconds = time.perf_counter() - active.begin
+        return Finished(key, Answer(reason, usage), seconds, peak_memory_bytes=0)  # the engine knows it

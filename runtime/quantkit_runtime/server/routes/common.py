@@ -19,6 +19,7 @@ from quantkit_runtime.server.schemas import ErrorBody
 
 if TYPE_CHECKING:
     from quantkit_runtime.server.deployment import Deployments
+    from quantkit_runtime.server.jobs import Jobs
     from quantkit_runtime.server.metrics import Metrics
     from quantkit_runtime.server.settings import Settings
 
@@ -44,7 +45,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 """Answers beside the successful ones, for OpenAPI."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
     """What the app holds.
 
@@ -52,11 +53,26 @@ class Context:
         settings: What it was started with.
         deployments: The models.
         metrics: Counters.
+        running_jobs: Video jobs; None until a model that draws videos is loaded.
+        started: Done when all models are loaded, with what stopped them from it.
     """
 
     settings: Settings
     deployments: Deployments
     metrics: Metrics
+    running_jobs: Jobs | None = None
+    started: asyncio.Task[None] | None = None
+
+    @property
+    def jobs(self) -> Jobs:
+        """Video jobs.
+
+        Raises:
+            ApiError: No model draws videos.
+        """
+        if self.running_jobs is None:
+            raise ApiError(404, "no model that draws videos is served", code="not_found")
+        return self.running_jobs
 
 
 def context_of(request: Request) -> Context:
@@ -68,6 +84,12 @@ def client_of(request: Request, user: str | None = None) -> str:
     """Return whose turn a request takes."""
     client = str(request.state.client)
     return f"{client}/{user}" if user else client
+
+
+def owner_of(request: Request) -> str:
+    """Return whose jobs a request may see: those of its key, or all where none is needed."""
+    context = context_of(request)
+    return str(request.state.client) if context.settings.api_keys else ""
 
 
 def new_id(request: Request) -> str:

@@ -52,7 +52,7 @@ async def state(request: Request) -> dict[str, Any]:
         models.append(
             {
                 "id": name,
-                "role": context.settings.roles.get(name, ""),
+                "role": _role(name, context.settings.reference),
                 "ready": engine.is_ready,
                 "reason": engine.reason or "no answer",
                 "kinds": sorted(info.kinds) if info else [],
@@ -66,3 +66,9 @@ async def state(request: Request) -> dict[str, Any]:
             }
         )
     return {"models": models}
+
+
+def _role(name: str, reference: str | None) -> str:
+    if reference is None:
+        return ""
+    return "reference" if name == reference else "candidate"

@@ -41,11 +41,13 @@ async def health() -> Health:
 @router.get("/ready", response_model=Health, responses={503: {"model": Health}})
 async def ready(request: Request) -> Response:
     """Answer 200 only while every engine is loaded and answers, or has lately."""
-    deployments = context_of(request).deployments.by_name
+    context = context_of(request)
+    deployments = context.deployments.by_name
     states = {
         name: "ready" if d.engine.is_ready else d.engine.reason or "no answer" for name, d in deployments.items()
     }
-    is_ready = all(deployment.engine.is_ready for deployment in deployments.values())
+    has_started = context.started is not None and context.started.done()
+    is_ready = has_started and all(deployment.engine.is_ready for deployment in deployments.values())
     body = Health(status="ready" if is_ready else "not_ready", models=states)
     return JSONResponse(body.model_dump(), 200 if is_ready else 503)
 

@@ -1,0 +1,181 @@
+"""Runs the video jobs of a store, one at a time for each model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from quantkit_runtime.server.deployment import Deployment
+from quantkit_runtime.server.errors import ApiError
+from quantkit_runtime.server.job_store import Job, JobStore
+from quantkit_runtime.server.media import decode_image, encode_image, encode_mp4
+from quantkit_runtime.server.protocol import Finished, Frames, Progress, VideoRequest
+from quantkit_runtime.server.settings import Limits
+
+log = logging.getLogger(__name__)
+
+_CLIENT = "jobs"  # of the scheduler: jobs and requests take turns
+_SWEEP_S = 60.0
+
+
+class Jobs:
+    """Video jobs.
+
+    Args:
+        store: Where they are kept.
+        deployments: Models that may run them.
+        limits: On their number, time and size.
+    """
+
+    def __init__(self, store: JobStore, deployments: Iterable[Deployment], limits: Limits) -> None:
+        self._store = store
+        self._limits = limits
+        self._arrived = {deployment.name: asyncio.Event() for deployment in deployments}
+        self._progress: dict[str, int] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._workers = [asyncio.create_task(self._work(deployment)) for deployment in deployments]
+        self._workers.append(asyncio.create_task(self._sweep()))
+
+    async def close(self) -> None:
+        """Stop; what runs is queued again for the next start."""
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+        await asyncio.to_thread(self._store.close)
+
+    async def create(
+        self, owner: str, model: str, asked: VideoRequest, *, body_hash: str, idempotency_key: str | None
+    ) -> Job:
+        """Return a new job, or the one that the same key made before.
+
+        Raises:
+            ApiError: Too many jobs wait, their files take too much, or the key was used for something else.
+        """
+        waiting, size = await asyncio.to_thread(self._store.usage)
+        if waiting >= self._limits.max_jobs:
+            raise ApiError(
+                429, f"{waiting} jobs wait; at most {self._limits.max_jobs}", code="queue_full",
+                headers={"Retry-After": "60"},
+            )  # fmt: skip
+        if size >= self._limits.job_quota_bytes:
+            raise ApiError(
+                429, f"kept videos take {size} bytes of {self._limits.job_quota_bytes}; delete some first",
+                code="storage_full",
+            )  # fmt: skip
+        picture = None
+        if asked.image is not None:
+            picture = await asyncio.to_thread(encode_image, asked.image)
+        fields = {name: value for name, value in vars(asked).items() if name not in ("id", "image")}
+        job, is_new = await asyncio.to_thread(
+            self._store.create, owner, model, fields, picture, body_hash=body_hash, idempotency_key=idempotency_key
+        )
+        if not is_new and job.body_hash != body_hash:
+            raise ApiError(
+                409, "Idempotency-Key: was used for another request", param="Idempotency-Key",
+                code="idempotency_key_reused",
+            )  # fmt: skip
+        if is_new:
+            self._arrived[model].set()
+        return job
+
+    async def get(self, identity: str, owner: str) -> Job:
+        """Return a job.
+
+        Raises:
+            ApiError: There is none of this id and owner.
+        """
+        job = await asyncio.to_thread(self._store.get, identity, owner)
+        if job is None or (job.expires_at is not None and job.expires_at <= time.time()):
+            raise ApiError(404, "id: no such video; it may have expired", param="id", code="video_not_found")
+        return job
+
+    async def list_of(
+        self, owner: str, limit: int, after: str | None, order: Literal["asc", "desc"]
+    ) -> tuple[list[Job], bool]:
+        """Return jobs behind another one, and whether there are more."""
+        return await asyncio.to_thread(self._store.list_of, owner, limit, after, order)
+
+    async def delete(self, identity: str, owner: str) -> None:
+        """Delete a job; a running one stops at its next step.
+
+        Raises:
+            ApiError: There is none of this id and owner.
+        """
+        if not await asyncio.to_thread(self._store.delete, identity, owner):
+            raise ApiError(404, "id: no such video", param="id", code="video_not_found")
+        if (running := self._running.get(identity)) is not None:
+            running.cancel()
+
+    async def content(self, job: Job) -> bytes:
+        """Return the video of a job.
+
+        Raises:
+            ApiError: It is not completed.
+        """
+        if job.status != "completed":
+            raise ApiError(409, f"id: this video is {job.status}", param="id", code="video_not_completed")
+        try:
+            return await asyncio.to_thread(self._store.video_file(job.id).read_bytes)
+        except FileNotFoundError:
+            raise ApiError(404, "id: no such video", param="id", code="video_not_found") from None
+
+    def progress(self, job: Job) -> int:
+        """Return percent of the steps."""
+        return 100 if job.status == "completed" else self._progress.get(job.id, 0)
+
+    async def _work(self, deployment: Deployment) -> None:
+        arrived = self._arrived[deployment.name]
+        while True:
+            arrived.clear()
+            job = await asyncio.to_thread(self._store.start_next, deployment.name)
+            if job is None:
+                await arrived.wait()
+                continue
+            task = self._running[job.id] = asyncio.create_task(self._run(job, deployment))
+            try:
+                await asyncio.wait({task})
+            except asyncio.CancelledError:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await asyncio.to_thread(self._store.requeue, job.id)
+                raise
+            finally:
+                del self._running[job.id]
+                self._progress.pop(job.id, None)
+
+    async def _run(self, job: Job, deployment: Deployment) -> None:
+        ttl_s = self._limits.job_ttl_s
+        try:
+            asked = await asyncio.to_thread(self._request, job)
+            ticket = deployment.scheduler.submit(asked, _CLIENT, timeout_s=None, bounded=False)
+            async for event in deployment.scheduler.follow(ticket):
+                if isinstance(event, Progress):
+                    self._progress[job.id] = 99 * event.step // event.steps
+                elif isinstance(event, Finished):
+                    assert isinstance(event.result, Frames)
+                    video = await asyncio.to_thread(encode_mp4, event.result.pixels, asked.fps)
+                    await asyncio.to_thread(self._store.complete, job.id, video, ttl_s)
+        except ApiError as error:
+            await asyncio.to_thread(self._store.fail, job.id, error.code or "failed", error.message, ttl_s)
+        except Exception as error:
+            log.error("job failed", exc_info=error, extra={"job": job.id})
+            await asyncio.to_thread(self._store.fail, job.id, "internal_error", "the server failed on it", ttl_s)
+
+    def _request(self, job: Job) -> VideoRequest:
+        fields: dict[str, Any] = dict(job.request)
+        picture = self._store.picture_file(job.id)
+        if picture.is_file():
+            fields["image"] = decode_image(picture.read_bytes(), _UNLIMITED, "input_reference")
+        return VideoRequest(id=f"{job.id}.{job.tries}", **fields)
+
+    async def _sweep(self) -> None:
+        while True:
+            soonest = await asyncio.to_thread(self._store.expire)
+            now = time.time()
+            await asyncio.sleep(max(_SWEEP_S, min(soonest or now + 3600, now + 3600) - now))
+
+
+_UNLIMITED = Limits(max_upload_bytes=2**40, max_upload_pixels=2**40)  # it was checked when it came

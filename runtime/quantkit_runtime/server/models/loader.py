@@ -1,0 +1,23 @@
+"""The loader of every engine that is not given another one."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import torch  # noqa: F401  (most of the time that importing takes; the start tells of it apart from loading)
+
+from quantkit_runtime.server.models.base import BatchModel, StreamingModel
+from quantkit_runtime.server.protocol import ModelSpec
+
+
+def load(spec: ModelSpec) -> BatchModel | StreamingModel:
+    """Load what a folder holds: a diffusers pipeline, or else one model.
+
+    Raises:
+        QuantkitRuntimeError: It cannot be loaded or served.
+    """
+    is_pipeline = (Path(spec.path) / "model_index.json").is_file() or not Path(spec.path).is_dir()
+    module = import_module(f"quantkit_runtime.server.models.{'diffusion' if is_pipeline else 'chat'}")
+    model: BatchModel | StreamingModel = module.load(spec)
+    return model
