@@ -77,8 +77,8 @@ async function refresh() {
     fail(error, "state");
   }
   $("models").replaceChildren(...models.map(model => make(
-    "li", { className: model.ready ? "ready" : "", title: model.description || model.reason },
-    model.ready ? model.id : `${model.id}: ${model.reason}`,
+    "li", { className: model.ready ? "ready" : "", title: `${model.id} ${model.description}` },
+    model.ready ? short(model.id) : `${short(model.id)}: ${model.reason}`,
   )));
   const kinds = ["image", "video", "chat"].filter(one => models.some(model => model.kinds.includes(one)));
   $("tabs").replaceChildren(...kinds.map(one => {
@@ -128,9 +128,12 @@ function fail(error, of = "request") {
   $("error").dataset.of = of;
 }
 
-function panel(title) {
+const short = name => name.split("/").filter(Boolean).at(-1) ?? name;
+
+function panel(name, role = "") {
   const bar = make("progress", { max: 1, value: 0 }), note = make("small"), stage = make("div", { className: "stage" });
-  const figure = make("figure", {}, make("figcaption", {}, make("b", { textContent: title }), note), bar, stage);
+  const title = make("div", { title: name }, make("b", { textContent: short(name) }), make("i", { textContent: role }));
+  const figure = make("figure", {}, make("figcaption", {}, title, note), bar, stage);
   const begin = performance.now();
   $("results").className = "";
   $("results").append(figure);
@@ -237,20 +240,20 @@ function compare(first, second) {
   ours.context.putImageData(ours.data, 0, 0);
   ours.canvas.className = first.className;
   const mean = squares / (a.length * 3 / 4);
-  const view = panel("Difference, 8 times");
+  const view = panel("Difference", "8 times");
   view.done(ours.canvas);
   view.note.textContent = mean ? `PSNR ${(10 * Math.log10(255 ** 2 / mean)).toFixed(1)} dB` : "identical";
 }
 
 async function draw(signal) {
-  const make1 = kind === "image" ? drawImage : drawVideo;
+  const one = kind === "image" ? drawImage : drawVideo;
   const seed = given().seed;  // drawn once for all models
   $("results").replaceChildren();
   // The same seed, prompt and values for every model; they run at the same time.
   const made = await Promise.all(served().map(async model => {
-    const view = panel(model.role ? `${model.id} (${model.role})` : model.id);
+    const view = panel(model.id, model.role);
     try {
-      return await make1(model, { ...drawing(model), seed }, view, signal);
+      return await one(model, { ...drawing(model), seed }, view, signal);
     } catch (error) {
       view.fail(error);
     }
@@ -283,7 +286,7 @@ async function talk(signal) {
   const turns = served().map(model => {
     let one = talks.get(model.id);
     if (!one) {
-      const view = panel(model.role ? `${model.id} (${model.role})` : model.id);
+      const view = panel(model.id, model.role);
       view.bar.hidden = true;
       view.stage.replaceWith(view.stage = make("div", { className: "talk" }));
       talks.set(model.id, one = { model, view, messages: [] });
