@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -50,7 +51,23 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
     for part in (images, videos, chat, speech, service, page):
         app.include_router(part.router)
     app.add_middleware(Guard, settings=settings)
+    app.openapi_schema = _describe(app, needs_key=bool(settings.api_keys))
     return app
+
+
+def _describe(app: FastAPI, *, needs_key: bool) -> dict[str, Any]:
+    """Return the OpenAPI document as this app really answers."""
+    document = app.openapi()
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)  # FastAPI's own; mistakes are 400 here
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    if needs_key:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
 
 
 def _deploy(name: str, engine: EngineGroup, metrics: Metrics, settings: Settings) -> Deployment:

@@ -26,7 +26,7 @@ def serve(settings: Settings) -> None:
         EngineStartError: A model cannot be loaded.
     """
     set_up_logging(settings.log_format)
-    with _bound(settings) as bound:
+    with bind(settings) as bound:
         asyncio.run(_serve(settings, bound))
 
 
@@ -67,7 +67,12 @@ async def _wait_started(context: Context, server: uvicorn.Server) -> None:
     await asyncio.shield(context.started)
 
 
-def _bound(settings: Settings) -> socket.socket:
+def bind(settings: Settings) -> socket.socket:
+    """Return a socket bound to the address of these settings.
+
+    Raises:
+        SettingsError: The address cannot be bound.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     bound = socket.socket(family)
     try:
