@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit_runtime.server.protocol import ModelSpec
-from quantkit_runtime.server.settings import Limits, Settings, SettingsError, read_api_keys
+from quantkit_runtime.server.settings import Cluster, Limits, Settings, SettingsError, read_api_keys
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -41,6 +41,11 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--drain", type=float, default=30.0, help="seconds for running requests after SIGTERM")
     parser.add_argument("--log-format", default="json", choices=["json", "text"])
     parser.add_argument("--no-warm-up", action="store_true", help="do not run a small request first")
+    parser.add_argument("--engine", default="local", choices=["local", "ray"], help="where the models run")
+    parser.add_argument("--ray-address", help="of a Ray cluster; default: one on this machine")
+    parser.add_argument("--min-replicas", type=int, default=1, help="with --engine ray")
+    parser.add_argument("--max-replicas", type=int, help="with --engine ray; default: --min-replicas")
+    parser.add_argument("--target-requests", type=float, default=2.0, help="per replica, with --engine ray")
     for limit in fields(Limits):
         parser.add_argument(
             _flag(limit.name), dest=limit.name, type=type(limit.default), default=limit.default, metavar="N"
@@ -68,6 +73,7 @@ def parse(arguments: list[str]) -> Settings:
         state_dir=given.state_dir,
         drain_s=given.drain,
         log_format=given.log_format,
+        cluster=_cluster(given) if given.engine == "ray" else None,
     )
 
 
@@ -139,6 +145,11 @@ def parse_defaults(texts: list[str]) -> dict[str, Any]:
             number = value
         found[name] = number if isinstance(number, (int, float)) and not isinstance(number, bool) else value
     return found
+
+
+def _cluster(given: argparse.Namespace) -> Cluster:
+    most = given.min_replicas if given.max_replicas is None else given.max_replicas
+    return Cluster(given.ray_address, given.min_replicas, most, given.target_requests)
 
 
 def _flag(name: str) -> str:

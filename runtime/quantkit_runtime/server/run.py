@@ -25,6 +25,11 @@ def serve(settings: Settings) -> None:
         SettingsError: The address cannot be bound.
         EngineStartError: A model cannot be loaded.
     """
+    if settings.cluster is not None:
+        from quantkit_runtime.server.cluster import serve_on_cluster
+
+        serve_on_cluster(settings)
+        return
     set_up_logging(settings.log_format)
     with bind(settings) as bound:
         asyncio.run(_serve(settings, bound))
