@@ -108,17 +108,19 @@ class JobStore:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._guard = (folder / "lock").open("w")
-            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(f"--state-dir {folder}: another server uses it; give another folder") from None
         except OSError as error:
             raise SettingsError(f"--state-dir {folder}: cannot be written ({error.strerror})") from error
         try:
-            self._database = sqlite3.connect(folder / "jobs.sqlite", check_same_thread=False)
-            self._database.row_factory = sqlite3.Row
+            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._guard.close()
+            raise SettingsError(f"--state-dir {folder}: another server uses it; give another folder") from None
+        self._database = sqlite3.connect(folder / "jobs.sqlite", check_same_thread=False)
+        self._database.row_factory = sqlite3.Row
+        try:
             self._open()
         except sqlite3.DatabaseError as error:
-            self._guard.close()
+            self.close()
             raise SettingsError(f"{folder / 'jobs.sqlite'}: cannot be opened ({error}); move it away") from error
 
     def close(self) -> None:

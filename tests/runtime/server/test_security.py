@@ -1,0 +1,223 @@
+"""Who may call, what is fetched, and what is logged."""
+
+import io
+import json
+import logging
+import socket
+import threading
+
+import httpx2
+import pytest
+import serving
+
+from quantkit_runtime.server import remote
+from quantkit_runtime.server.errors import ApiError
+from quantkit_runtime.server.logs import set_up_logging
+from quantkit_runtime.server.options import parse
+from quantkit_runtime.server.settings import SettingsError, is_loopback, read_api_keys
+
+KEY = "correct-horse-battery"
+ONE = {"prompt": "a cat"}
+
+
+@pytest.fixture
+def locked(serve):
+    return serve("images", api_keys=(KEY, "another"))
+
+
+def bearer(key):
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize("headers", [{}, bearer("wrong"), {"Authorization": KEY}, bearer(KEY + "x")])
+def test_without_the_right_key_nothing_but_the_probes_answers(locked, headers):
+    for method, path in (
+        ("POST", serving.IMAGES),
+        ("GET", "/v1/models"),
+        ("GET", "/metrics"),
+        ("GET", "/openapi.json"),
+    ):
+        answer = locked.request(method, path, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert locked.get("/health").status_code == 200
+    assert locked.get("/ready").status_code == 200
+
+
+def test_any_of_the_keys_opens_it(locked):
+    for key in (KEY, "another"):
+        assert locked.post(serving.IMAGES, json=ONE, headers=bearer(key)).status_code == 200
+    assert "key" in locked.get("/openapi.json", headers=bearer(KEY)).json()["components"]["securitySchemes"]
+
+
+def test_other_addresses_need_a_key():
+    with pytest.raises(SettingsError, match="--api-key-file"):
+        parse(["model", "--host", "0.0.0.0", "--device", "cpu"])
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTKIT_API_KEY", "of-environment")
+    assert read_api_keys(None) == ("of-environment",)
+    file = tmp_path / "keys"
+    file.write_text("one\ntwo\n\n")
+    assert read_api_keys(file) == ("one", "two")
+    assert parse(["model", "--host", "0.0.0.0", "--api-key-file", str(file), "--device", "cpu"]).api_keys == (
+        "one",
+        "two",
+    )
+    file.write_text("\n")
+    with pytest.raises(SettingsError, match="holds no key"):
+        read_api_keys(file)
+    with pytest.raises(SettingsError, match="cannot be read"):
+        read_api_keys(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False),
+     ("192.168.1.2", False), ("example.com", False)],
+)  # fmt: skip
+def test_loopback_is_told_from_other_addresses(host, expected):
+    assert is_loopback(host) is expected
+
+
+def test_pages_of_other_sites_are_kept_out(serve):
+    client = serve("images")
+    for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}):
+        answer = client.post(serving.IMAGES, json=ONE, headers=headers)
+        assert answer.status_code == 403, headers
+    own = client.server.url
+    assert client.post(serving.IMAGES, json=ONE, headers={"Origin": own}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1/x", "http://localhost/x", "http://[::1]/", "http://10.0.0.1/", "http://169.254.169.254/latest",
+     "http://0.0.0.0/", "http://[::ffff:127.0.0.1]/", "http://2130706433/", "http://192.168.0.1:8080/"],
+)  # fmt: skip
+def test_private_addresses_are_never_fetched(url):
+    with pytest.raises(ApiError) as caught:
+        remote.fetch(url, 1000, "image")
+    assert caught.value.code in ("private_address", "fetch_failed")
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "ftp://example.com/x", "http://", "http://user@example.com/", "x"]
+)
+def test_other_urls_are_refused(url):
+    with pytest.raises(ApiError) as caught:
+        remote.fetch(url, 1000, "image")
+    assert caught.value.code == "invalid_url"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", b"abc"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2000\r\n\r\n" + b"x" * 2000, "upload_too_large"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\nContent-Length: 0\r\n\r\n", "fetch_failed"),
+        (b"nonsense", "fetch_failed"),
+    ],
+)
+def test_what_is_fetched_is_bounded_and_never_redirected(monkeypatch, answer, expected):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        monkeypatch.setattr(remote, "_public_address", lambda *_: "127.0.0.1")
+
+        def reply():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=reply)
+        thread.start()
+        try:
+            if isinstance(expected, bytes):
+                assert remote.fetch(f"http://pictures.example:{port}/a?b", 1000, "image") == expected
+            else:
+                with pytest.raises(ApiError) as caught:
+                    remote.fetch(f"http://pictures.example:{port}/", 1000, "image")
+                assert caught.value.code == expected
+        finally:
+            thread.join()
+
+
+def test_log_lines_are_json_with_the_requests_id_and_no_secrets(locked):
+    stream = io.StringIO()
+    root = logging.getLogger()
+    before = root.handlers[:]
+    set_up_logging("json", stream=stream)
+    try:
+        answer = locked.post(
+            serving.IMAGES, json={"prompt": "a private cat"}, headers={**bearer(KEY), "X-Request-Id": "mine-1"}
+        )
+        locked.post(serving.IMAGES, json=ONE, headers=bearer("mistyped-key"))
+    finally:
+        root.handlers[:] = before
+    assert answer.headers["x-request-id"] == "mine-1"
+    text = stream.getvalue()
+    lines = [json.loads(line) for line in text.splitlines()]
+    mine = [line for line in lines if line.get("request_id") == "mine-1"]
+    assert mine
+    assert (mine[-1]["path"], mine[-1]["status"]) == (serving.IMAGES, 200)
+    for secret in (KEY, "mistyped-key", "private cat"):
+        assert secret not in text
+
+
+def test_an_id_that_could_forge_log_lines_is_replaced(serve):
+    answer = serve("images").get("/v1/models", headers={"X-Request-Id": 'a" b'})
+    assert answer.headers["x-request-id"].startswith("req-")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["m", "--default", "steps"], "FIELD=VALUE"),
+        (["m", "--default", "=3"], "FIELD=VALUE"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(arguments, words):
+    with pytest.raises(SettingsError, match=words):
+        parse([*arguments, "--device", "cpu"])
+
+
+def test_options_become_settings():
+    settings = parse(["m", "--served-model-name", "n", "--port", "1", "--max-queue", "3", "--request-timeout", "9",
+                      "--default", "num_inference_steps=4", "--default", "negative_prompt=ugly",
+                      "--cfg-parallel", "2", "--device", "cpu", "--no-warm-up"])  # fmt: skip
+    [(name, spec)] = settings.models.items()
+    assert (name, spec.path, spec.ranks, spec.warm_up) == ("n", "m", 2, False)
+    assert spec.defaults == {"num_inference_steps": 4, "negative_prompt": "ugly"}
+    assert (settings.port, settings.limits.max_queue, settings.limits.request_timeout_s) == (1, 3, 9.0)
+
+
+def test_a_default_that_the_model_does_not_know_ends_the_start(settings):
+    from dataclasses import replace
+
+    choice = settings("images")
+    spec = replace(choice.models["images"], defaults={"colour": "red"})
+    with serving.running(replace(choice, models={"images": spec}), wait=False) as server:
+        serving.until(lambda: server.context.started is not None and server.context.started.done())
+        assert "--default colour" in str(server.context.started.exception())
+
+
+def test_a_port_in_use_is_a_clear_error(settings):
+    from dataclasses import replace
+
+    from quantkit_runtime.server.run import bind
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        choice = replace(settings("images"), port=taken.getsockname()[1])
+        with pytest.raises(SettingsError, match=r"--port .* cannot be bound"):
+            bind(choice)
+
+
+def test_several_models_are_told_apart_by_name(serve):
+    client = serve("images", "chat")
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["images", "chat"]
+    chat = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
+    assert chat.json()["model"] == "chat"
+    assert client.post(serving.IMAGES, json={**ONE, "model": "images"}).status_code == 200
+    assert client.post(serving.IMAGES, json={**ONE, "model": "chat"}).status_code == 400
+    assert isinstance(client, httpx2.Client)
