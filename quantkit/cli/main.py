@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from quantkit import __version__
-from quantkit.cli import compare, inspect, quantize, recipes, verify
+from quantkit.cli import compare, inspect, quantize, recipes, serve, verify
 from quantkit.cli.console import errors
 from quantkit.errors import QuantkitError
 from quantkit_runtime.errors import QuantkitRuntimeError
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize.command)
 app.command("compare")(compare.command)
+app.command("serve")(serve.command)
 app.command("verify")(verify.command)
 app.command("inspect")(inspect.command)
 app.add_typer(recipes.app, name="recipes")

@@ -25,6 +25,7 @@ _DIFFERENCES = (
     "video jobs: it keeps them in memory, so a restart loses them",
     "/ready: it has none, and its /health stays 200 while an engine hangs",
 )
+_FETCHES = "remote media: it fetches the URLs that chats name, without --allow-remote-media"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Launch:
     environment: Mapping[str, str]
     findings: tuple[Finding, ...] | None
     untranslated: tuple[str, ...]
-    differences: tuple[str, ...] = _DIFFERENCES
+    differences: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Wanted:
         cfg_parallel: Ranks that share guidance.
         tensor_parallel: Ranks that share each layer.
         sampling: Defaults of request fields.
-        others: Every other option that was given, as typed, with its value.
+        others: Every other option that was given, as typed, with its value; True for a flag.
+        fetches_remote_media: Whether URLs in chats may be fetched.
     """
 
     folder: Path
@@ -73,6 +75,7 @@ class Wanted:
     tensor_parallel: int = 1
     sampling: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, Any] = field(default_factory=dict)
+    fetches_remote_media: bool = False
 
 
 _WHY_NOT = {
@@ -85,7 +88,6 @@ _WHY_NOT = {
     "--reference": "it serves one model; start it once more for the other",
     "--drain": "it ends running requests in its own time",
     "--log-format": "it writes logs in its own format",
-    "--allow-remote-media": "it fetches the URLs that chats name in any case",
     "--limit": "it has no such limits, and no bound of its queue",
 }
 
@@ -126,7 +128,8 @@ def plan_launch(wanted: Wanted) -> Launch:
         if len(wanted.api_keys) > 1:
             untranslated.append(f"--api-key-file: it knows one key, the first of {len(wanted.api_keys)}")
     untranslated += [f"{_shown(option, value)}: {_WHY_NOT[option]}" for option, value in wanted.others.items()]
-    return Launch(tuple(arguments), environment, findings, tuple(untranslated))
+    differences = _DIFFERENCES if wanted.fetches_remote_media else (*_DIFFERENCES, _FETCHES)
+    return Launch(tuple(arguments), environment, findings, tuple(untranslated), differences)
 
 
 def find_program() -> str:

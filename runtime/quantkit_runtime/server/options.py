@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
+import math
 from pathlib import Path
 from typing import Any
 
 from quantkit_runtime.server.protocol import ModelSpec
 from quantkit_runtime.server.settings import Cluster, Limits, Settings, SettingsError, read_api_keys
+
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -28,7 +30,7 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--port", type=int, default=8091, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--api-key-file", type=Path, help="file with one key per line")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, xpu (default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--dtype", default="bfloat16", choices=_DTYPES)
     parser.add_argument("--compute", default="auto", help="16bit, fp8 or auto")
     parser.add_argument("--backend", default="auto", help="kernels of packed layers")
     parser.add_argument("--cfg-parallel", type=int, default=1, choices=[1, 2], help="ranks for guidance")
@@ -41,15 +43,12 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--drain", type=float, default=30.0, help="seconds for running requests after SIGTERM")
     parser.add_argument("--log-format", default="json", choices=["json", "text"])
     parser.add_argument("--no-warm-up", action="store_true", help="do not run a small request first")
+    parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE", help=_limits_help())
     parser.add_argument("--engine", default="local", choices=["local", "ray"], help="where the models run")
     parser.add_argument("--ray-address", help="of a Ray cluster; default: one on this machine")
     parser.add_argument("--min-replicas", type=int, default=1, help="with --engine ray")
     parser.add_argument("--max-replicas", type=int, help="with --engine ray; default: --min-replicas")
     parser.add_argument("--target-requests", type=float, default=2.0, help="per replica, with --engine ray")
-    for limit in fields(Limits):
-        parser.add_argument(
-            _flag(limit.name), dest=limit.name, type=type(limit.default), default=limit.default, metavar="N"
-        )
     given = parser.parse_args(arguments)
     models = [(given.served_model_name or given.model, given.model)]
     if given.reference is not None:
@@ -57,7 +56,7 @@ def parse(arguments: list[str]) -> Settings:
     return make_settings(
         models,
         reference=given.reference,
-        limits=Limits(**{limit.name: getattr(given, limit.name) for limit in fields(Limits)}),
+        limits=parse_limits(given.limit),
         defaults=parse_defaults(given.default),
         device=given.device,
         dtype=given.dtype,
@@ -73,7 +72,9 @@ def parse(arguments: list[str]) -> Settings:
         state_dir=given.state_dir,
         drain_s=given.drain,
         log_format=given.log_format,
-        cluster=_cluster(given) if given.engine == "ray" else None,
+        cluster=make_cluster(given.ray_address, given.min_replicas, given.max_replicas, given.target_requests)
+        if given.engine == "ray"
+        else None,
     )
 
 
@@ -88,6 +89,7 @@ def make_settings(
     exact: bool = False,
     warm_up: bool,
     defaults: dict[str, Any],
+    log_format: str,
     **server: Any,
 ) -> Settings:
     """Return settings of one or more models that are loaded alike.
@@ -102,11 +104,16 @@ def make_settings(
         exact: As `ModelSpec` has it.
         warm_up: As `ModelSpec` has it.
         defaults: Of request fields.
+        log_format: As `Settings` has it.
         server: The rest of `Settings`.
 
     Raises:
-        SettingsError: Two models have one name.
+        SettingsError: An option cannot be used, or two models have one name.
     """
+    if dtype not in _DTYPES:
+        raise SettingsError(f"--dtype {dtype}: use {', '.join(_DTYPES)}")
+    if log_format not in ("json", "text"):
+        raise SettingsError(f"--log-format {log_format}: use json or text")
     if len({name for name, _ in models}) < len(models):
         raise SettingsError(
             f"--reference {models[-1][0]}: is served already; rename the first by --served-model-name"
@@ -125,7 +132,19 @@ def make_settings(
         )
         for name, path in models
     }
-    return Settings(models=specs, **server)
+    return Settings(models=specs, log_format=log_format, **server)
+
+
+def make_cluster(
+    address: str | None, min_replicas: int, max_replicas: int | None, target_requests: float
+) -> Cluster:
+    """Return a cluster as options give it; without a greatest number of replicas, there are always the least.
+
+    Raises:
+        SettingsError: The numbers contradict each other.
+    """
+    most = min_replicas if max_replicas is None else max_replicas
+    return Cluster(address, min_replicas, most, target_requests)
 
 
 def parse_defaults(texts: list[str]) -> dict[str, Any]:
@@ -147,13 +166,29 @@ def parse_defaults(texts: list[str]) -> dict[str, Any]:
     return found
 
 
-def _cluster(given: argparse.Namespace) -> Cluster:
-    most = given.min_replicas if given.max_replicas is None else given.max_replicas
-    return Cluster(given.ray_address, given.min_replicas, most, given.target_requests)
+def parse_limits(texts: list[str]) -> Limits:
+    """Return the limits that ``NAME=VALUE`` texts give.
+
+    Raises:
+        SettingsError: One has another form, no known name or no positive number.
+    """
+    known: dict[str, type[int] | type[float]] = {name: type(value) for name, value in vars(Limits()).items()}
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or name not in known:
+            raise SettingsError(f"--limit {text}: write NAME=VALUE with one of {', '.join(known)}")
+        try:
+            found[name] = known[name](value)
+        except ValueError:
+            found[name] = 0
+        if not 0 < found[name] < math.inf:
+            raise SettingsError(f"--limit {text}: must be a positive {'whole ' * (known[name] is int)}number")
+    return Limits(**found)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.removesuffix("_s").replace("_", "-")
+def _limits_help() -> str:
+    return "repeatable: " + ", ".join(f"{name}={value}" for name, value in vars(Limits()).items())
 
 
 def _device() -> str:

@@ -175,6 +175,9 @@ def test_an_id_that_could_forge_log_lines_is_replaced(serve):
     [
         (["m", "--default", "steps"], "FIELD=VALUE"),
         (["m", "--default", "=3"], "FIELD=VALUE"),
+        (["m", "--limit", "max_speed=3"], "NAME=VALUE"),
+        (["m", "--limit", "max_queue=0"], "positive whole number"),
+        (["m", "--limit", "max_queue=many"], "positive whole number"),
     ],
 )
 def test_options_that_cannot_be_used_are_named(arguments, words):
@@ -183,7 +186,8 @@ def test_options_that_cannot_be_used_are_named(arguments, words):
 
 
 def test_options_become_settings():
-    settings = parse(["m", "--served-model-name", "n", "--port", "1", "--max-queue", "3", "--request-timeout", "9",
+    settings = parse(["m", "--served-model-name", "n", "--port", "1", "--limit", "max_queue=3", "--limit",
+                      "request_timeout_s=9",
                       "--default", "num_inference_steps=4", "--default", "negative_prompt=ugly",
                       "--cfg-parallel", "2", "--device", "cpu", "--no-warm-up"])  # fmt: skip
     [(name, spec)] = settings.models.items()
