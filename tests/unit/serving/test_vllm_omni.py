@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from tiny.chat import build_chat, round_chat
@@ -63,3 +66,48 @@ def test_a_missing_vllm_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServabilityError, match="vllm is not on PATH"):
         find_program()
+
+
+def _run(tmp_path, *arguments):
+    """Run ``quantkit serve`` with a program named vllm that writes down how it was called."""
+    record = tmp_path / "called.json"
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        f"json.dump([sys.argv[1:], os.environ.get('VLLM_API_KEY')], open({str(record)!r}, 'w'))\n"
+    )
+    program.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "QUANTKIT_API_KEY": "secret"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "quantkit.cli.main", "serve", *arguments, "--engine", "vllm-omni"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return ran, json.loads(record.read_text()) if record.exists() else None
+
+
+def test_serve_becomes_vllm_and_says_what_is_lost_on_the_way(tmp_path):
+    ran, called = _run(
+        tmp_path, "demo", "--port", "8099", "--cfg-parallel", "2", "--limit", "max_queue=3", "--compute", "16bit"
+    )
+    assert ran.returncode == 0, ran.stderr
+    arguments, key = called
+    assert arguments[:3] == ["serve", str(quantkit.demo.path()), "--omni"]
+    assert arguments[arguments.index("--port") + 1] == "8099"
+    assert arguments[arguments.index("--cfg-parallel-size") + 1] == "2"
+    sampling = json.loads(arguments[arguments.index("--default-sampling-params") + 1])
+    assert sampling["0"]["num_inference_steps"] == 20  # the recipe's
+    assert key == "secret"
+    assert "secret" not in ran.stderr
+    told = [line for line in ran.stderr.splitlines() if line.startswith("not translated:")]
+    assert [line.split(": ")[1] for line in told] == ["--compute 16bit", "--limit max_queue=3"]
+
+
+def test_serve_does_not_start_vllm_with_a_checkpoint_that_it_cannot_load(tmp_path):
+    folder = round_chat(build_chat(tmp_path / "chat"), tmp_path / "packed", group_size=16)
+    ran, called = _run(tmp_path, str(folder))
+    assert (ran.returncode, called) == (2, None)
+    assert "group" in ran.stderr
