@@ -238,6 +238,26 @@ def test_a_step_that_fails_leaves_a_model_that_can_go_on(omni, monkeypatch):
     assert _run(omni, _request("a"))[2]["a"].usage.completion_tokens == 12
 
 
+def test_logits_that_are_not_finite_end_that_answer_alone(omni, monkeypatch):
+    head = omni._batch._head
+
+    def broken(hidden):
+        logits = head(hidden)
+        if len(logits) == 2:
+            logits[0] = torch.nan
+        return logits
+
+    broken.weight = head.weight
+    monkeypatch.setattr(omni._batch, "_head", broken)
+    results = {}
+    omni.admit(_request("a"))
+    omni.admit(_request("b"))
+    while omni.active:
+        results |= {event.id: event for event in omni.step() if not isinstance(event, Delta)}
+    assert (results["a"].kind, results["a"].message) == ("internal", "the model's logits are not finite")
+    assert results["b"].result.usage.completion_tokens == 12
+
+
 def _frequencies(logits, draws=4000, **params):
     counts = np.zeros(len(logits))
     sampler = Sampler(SamplingParams(seed=0, **params), ())
@@ -258,6 +278,11 @@ def test_top_k_and_top_p_leave_out_the_unlikely():
     # 0.5 + 0.3 reach 0.75, so the second is the last that may be drawn.
     assert (_frequencies(logits, draws=500, top_p=0.75) > 0).tolist() == [True, True, False, False]
     assert (_frequencies(logits, draws=500, top_p=1e-6) > 0).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("params", [{"top_p": 5e-324}, {"temperature": 5e-324}, {"top_p": 1e-30, "top_k": 5}])
+def test_the_least_that_can_be_asked_for_is_the_most_likely_token(params):
+    assert _frequencies([0.0, 3.0, 2.0], draws=5, **params).tolist() == [0, 1, 0]
 
 
 def test_penalties_move_the_choice_away_from_what_was_written():

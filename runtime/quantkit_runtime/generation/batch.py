@@ -33,12 +33,19 @@ class Piece:
         token: The new token.
         text: What is certain of the text by now and was not before; may be empty.
         finish_reason: Why the answer ends here, as OpenAI calls it; None if it goes on.
+        failure: Why it ends without having been written; then there is no token.
     """
 
     key: str
     token: int
     text: str
     finish_reason: FinishReason | None
+    failure: str | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the answer ends here."""
+        return self.finish_reason is not None or self.failure is not None
 
 
 @dataclass
@@ -159,7 +166,7 @@ class Batch:
         answer.position_shift = 0 if shift is None else int(shift.reshape(-1)[0])
         answer.inputs = {}
         piece = self._take(answer, self._head(hidden_1TH[:, -1:])[0, -1])
-        if piece.finish_reason is None:
+        if not piece.is_last:
             self._cache.append(cache)
             self._running.append(answer)
         return piece
@@ -170,7 +177,7 @@ class Batch:
         logits_BV = torch.cat([self._forward(*part) for part in parts])  # noqa: N806
         pieces = [self._take(answer, row) for answer, row in zip(self._running, logits_BV, strict=True)]
         for row in reversed(range(count)):
-            if pieces[row].finish_reason is not None:
+            if pieces[row].is_last:
                 self._remove(row)
         return pieces
 
@@ -193,6 +200,8 @@ class Batch:
         return logits_BV
 
     def _take(self, answer: _Answer, logits_V: Tensor) -> Piece:  # noqa: N803
+        if not bool(logits_V.isfinite().all()):
+            return Piece(answer.key, -1, "", None, failure="the model's logits are not finite")
         answer.token = answer.sampler.choose(logits_V)
         answer.count += 1
         ended = answer.token in self._ends and not answer.params.ignore_eos

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+_COLDEST = 1e-4  # float32 has no room for what lower temperatures make of logits
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -15,7 +17,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: Of the answer at most.
-        temperature: 0 takes the most likely token; above, logits are divided by it.
+        temperature: Logits are divided by it; 0, and all but 0, takes the most likely token.
         top_p: Only the most likely tokens that together have this probability are drawn from.
         top_k: Only so many of the most likely tokens are drawn from; 0 is no limit.
         seed: Of this answer's own random numbers; None draws one.
@@ -53,7 +55,7 @@ class Sampler:
     _generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if self.params.temperature > 0:
+        if self.params.temperature >= _COLDEST:
             self._generator = torch.Generator()
             if self.params.seed is None:
                 self._generator.seed()
@@ -94,7 +96,9 @@ class Sampler:
             probabilities = scores.softmax(dim=0)
             if params.top_p < 1:
                 before = probabilities.cumsum(dim=0) - probabilities
-                probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)
+                beyond = before >= params.top_p
+                beyond[0] = False
+                probabilities = probabilities.masked_fill(beyond, 0.0)
             return int(order[self._one_of(probabilities)])
         return self._one_of(scores.softmax(dim=0))
 

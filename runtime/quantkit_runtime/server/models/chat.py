@@ -19,6 +19,7 @@ from quantkit_runtime.server.protocol import (
     ChatRequest,
     Delta,
     Event,
+    Failed,
     Finished,
     Kind,
     Message,
@@ -230,6 +231,9 @@ class ChatModel(StreamingModel):
         self._active[request.id] = _Active(request, len(script), time.perf_counter())
 
     def _tell(self, piece: Piece) -> list[Event]:
+        if piece.failure is not None:
+            del self._active[piece.key]
+            return [Failed(piece.key, "internal", piece.failure)]
         active = self._active[piece.key]
         active.completion_tokens += 1
         events: list[Event] = [Delta(piece.key, piece.text, tokens=1)]
