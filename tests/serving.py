@@ -261,3 +261,24 @@ def red(answer):
 def together(answer):
     """Return how many pictures the fake drew in one run."""
     return int(pixels_of(answer)[0, 0, 1])
+
+
+def load_with_faults(spec):
+    """Load what the spec says, with prompts that run out of memory at their second step."""
+    import torch
+
+    from quantkit_runtime.server.models import loader
+
+    model = loader.load(spec)
+    run = model.run
+
+    def faulty(requests, on_step):
+        def after_step(step, steps):
+            if step == 2 and any("oom" in request.prompt for request in requests):
+                raise torch.OutOfMemoryError("injected")
+            on_step(step, steps)
+
+        return run(requests, after_step)
+
+    model.run = faulty
+    return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import time
 
@@ -31,6 +32,8 @@ def serve(settings: Settings) -> None:
         serve_on_cluster(settings)
         return
     set_up_logging(settings.log_format)
+    # uvicorn ends by raising the signal again that it was stopped by; having drained is no failure.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
     with bind(settings) as bound:
         asyncio.run(_serve(settings, bound))
 

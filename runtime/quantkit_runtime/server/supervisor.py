@@ -337,7 +337,7 @@ def _end(rank: _Rank, patience_s: float) -> int | None:
 
 
 def _exit_reason(codes: list[int]) -> str:
-    for code in codes:
+    for code in sorted(codes):  # of several ranks the one that was killed; the others end for want of it
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
         if code > 0:
