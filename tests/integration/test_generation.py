@@ -11,6 +11,7 @@ from tiny_omni import build_qwen2_5_omni, build_qwen3_omni
 from quantkit_runtime import load_model
 from quantkit_runtime.generation.batch import Batch
 from quantkit_runtime.generation.sampling import Sampler, SamplingParams
+from quantkit_runtime.generation.text import TextStream
 from quantkit_runtime.server.models.base import RequestRefusedError
 from quantkit_runtime.server.models.chat import ChatModel
 from quantkit_runtime.server.models.conversation import Reader
@@ -184,6 +185,52 @@ def test_a_spoken_answer_has_the_same_text_and_sound_of_its_own(omni):
     assert results["a"].usage.completion_tokens == 12
 
 
+def test_an_answer_too_short_to_be_spoken_is_an_answer_without_sound(omni):
+    texts, sounds, results = _run(omni, _request("a", modalities=("text", "audio"), max_tokens=1), _request("b"))
+    assert texts["a"] == _run(omni, _request("a", max_tokens=1))[0]["a"]
+    assert sounds["a"][0].size == 0
+    assert results["a"].finish_reason == "length"
+    assert results["b"].usage.completion_tokens == 12
+
+
+def test_a_failure_of_the_talker_ends_that_answer_alone(omni, monkeypatch):
+    monkeypatch.setattr(omni._model.talker, "generate", lambda **_: 1 / 0)
+    results = {}
+    omni.admit(_request("a", modalities=("text", "audio")))
+    omni.admit(_request("b", max_tokens=30))
+    while omni.active:
+        results |= {event.id: event for event in omni.step() if not isinstance(event, Delta)}
+    assert results["a"].kind == "internal"
+    assert results["b"].result.usage.completion_tokens == 30
+
+
+def test_qwen3_omni_speaks(folders):
+    """In the fixture the talker's special tokens are beyond its vocabulary, as small as that is."""
+    from transformers import Qwen3OmniMoeConfig, Qwen3OmniMoeForConditionalGeneration
+
+    reader = Reader(folders("qwen3-omni"))
+    config = Qwen3OmniMoeConfig.from_pretrained(folders("qwen3-omni"))
+    number = reader.tokenizer.convert_tokens_to_ids
+    config.im_start_token_id, config.user_token_id, config.assistant_token_id = map(
+        number, ("<|im_start|>", "u", "a")
+    )
+    config.tts_pad_token_id, config.tts_bos_token_id, config.tts_eos_token_id = 1, 2, 3
+    talker = config.talker_config
+    talker.text_config.vocab_size = 1100  # the last 1024 are never spoken
+    for index, name in enumerate(("nothink", "think_bos", "think_eos", "pad", "bos")):
+        setattr(talker, f"codec_{name}_id", 10 + index)
+    talker.codec_eos_token_id = 20
+    torch.manual_seed(0)
+    model = ChatModel(Qwen3OmniMoeForConditionalGeneration(config).to(torch.bfloat16).eval(), reader)
+    assert model.info.voices == ("ethan",)
+    texts, sounds, results = _run(model, _request("a", modalities=("text", "audio")), SpeechRequest("b", "Hi"))
+    assert texts["b"] == ""
+    assert results["a"].usage.completion_tokens == 12
+    for key in "ab":
+        assert sounds[key][0].size > 0
+        assert np.isfinite(sounds[key][0]).all()
+
+
 def test_speech_reads_a_text_aloud_without_writing_one(omni):
     texts, sounds, results = _run(omni, SpeechRequest("a", "Good day", seed=3))
     assert texts["a"] == ""
@@ -256,6 +303,41 @@ def test_logits_that_are_not_finite_end_that_answer_alone(omni, monkeypatch):
         results |= {event.id: event for event in omni.step() if not isinstance(event, Delta)}
     assert (results["a"].kind, results["a"].message) == ("internal", "the model's logits are not finite")
     assert results["b"].result.usage.completion_tokens == 12
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folders):
+    return Reader(folders("qwen2.5-omni")).tokenizer  # a token is a byte
+
+
+def test_text_comes_in_whole_characters(tokenizer):
+    text = "naïve 日本語 🙂!"
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer(text)["input_ids"]]
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+    assert "".join(pieces) + stream.finish() == text
+    assert len([piece for piece in pieces if piece]) == len(text)
+
+
+def test_pieces_of_any_tokens_are_together_what_the_tokenizer_makes_of_them(tokenizer):
+    random = np.random.default_rng(0)
+    for length in range(1, 80):
+        tokens = random.integers(0, len(tokenizer), length).tolist()
+        stream = TextStream(tokenizer)
+        text = "".join(stream.push(token) for token in tokens) + stream.finish()
+        assert text == stream.text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_what_may_become_a_stop_string_is_held_until_it_is_known(tokenizer):
+    stream = TextStream(tokenizer, stop=("STOP", "END"))
+    assert [stream.push(token) for token in tokenizer("aSTOEND b")["input_ids"]] == [
+        "a", "", "", "", "STO", "", "", "", "",
+    ]  # fmt: skip
+    assert stream.stopped
+    assert stream.text == "aSTO"
+    held = TextStream(tokenizer, stop=("STOP",))
+    assert [held.push(token) for token in tokenizer("xST")["input_ids"]] == ["x", "", ""]
+    assert held.finish() == "ST"
 
 
 def _frequencies(logits, draws=4000, **params):

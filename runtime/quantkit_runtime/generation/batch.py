@@ -99,16 +99,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self._waiting) + len(self._running)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether an answer that is added now is begun by the next step."""
-        return len(self) < self._max_batch
-
-    @property
-    def default_repetition_penalty(self) -> float:
-        """What the checkpoint's generation configuration says, 1 if nothing."""
-        return float(getattr(self._writer.generation_config, "repetition_penalty", None) or 1.0)
-
     def add(self, key: str, inputs: Mapping[str, Tensor], params: SamplingParams) -> None:
         """Take an answer that is to be written.
 

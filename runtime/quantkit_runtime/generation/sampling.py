@@ -52,9 +52,11 @@ class Sampler:
     params: SamplingParams
     prompt: tuple[int, ...]
     _counts: Counter[int] = field(default_factory=Counter)
+    _seen: dict[int, None] = field(default_factory=dict)
     _generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
+        self._seen = dict.fromkeys(self.prompt)
         if self.params.temperature >= _COLDEST:
             self._generator = torch.Generator()
             if self.params.seed is None:
@@ -71,12 +73,13 @@ class Sampler:
         scores = self._penalize(logits_V.float())
         token = int(scores.argmax()) if self._generator is None else self._draw(scores)
         self._counts[token] += 1
+        self._seen[token] = None
         return token
 
     def _penalize(self, scores: Tensor) -> Tensor:
         params = self.params
-        if params.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted({*self.prompt, *self._counts}), device=scores.device)
+        if params.repetition_penalty != 1.0 and self._seen:
+            seen = torch.tensor(list(self._seen), device=scores.device)
             found = scores[seen]
             factor = params.repetition_penalty
             scores = scores.index_copy(0, seen, torch.where(found < 0, found * factor, found / factor))

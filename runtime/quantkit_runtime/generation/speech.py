@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,15 @@ from quantkit_runtime.generation.turns import Turns
 SAMPLE_RATE = 24_000
 """Samples per second of what the Qwen omni models speak."""
 
+_TOKENS_AT_LEAST = 2
 _CODES_AT_LEAST = 64
 _CODES_PER_TOKEN = (
     32  # speech takes about ten codes for each token of text; a talker that runs away takes any number
 )
+
+
+class _NothingToSay(Exception):  # noqa: N818  (no error: the answer is complete without sound)
+    """Raised where a text ends that is too short for the talker, which begins with its second token."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,10 @@ class Speaker:
 
         def after_token(ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:
             give_way()
-            return torch.tensor([self._take()], device=ids.device)
+            ended = self._take()
+            if ended and len(self._tokens) < _TOKENS_AT_LEAST:
+                raise _NothingToSay
+            return torch.tensor([ended], device=ids.device)
 
         def after_code(ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:
             nonlocal codes
@@ -131,7 +140,7 @@ class Speaker:
 
         # The talker has no generator of its own to be given.
         torch.manual_seed(self._params.seed if self._params.seed is not None else int(torch.seed() % 2**63))
-        with torch.inference_mode():
+        with torch.inference_mode(), contextlib.suppress(_NothingToSay):
             _, samples = model.generate(
                 **{name: value.to(device) for name, value in self._inputs.items()},
                 speaker=self._voice,
@@ -145,7 +154,8 @@ class Speaker:
                 talker_max_new_tokens=self._max_codes,
                 **_talker_ends(model),
             )
-        return Spoken(tuple(self._tokens), samples.reshape(-1).float().cpu().numpy(), self._reason)
+            return Spoken(tuple(self._tokens), samples.reshape(-1).float().cpu().numpy(), self._reason)
+        return Spoken(tuple(self._tokens), np.zeros(0, np.float32), self._reason)
 
     def _take(self) -> bool:
         """Tell of the last token; return whether the text ends with it."""

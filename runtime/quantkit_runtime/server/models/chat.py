@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from quantkit_runtime.errors import CheckpointFormatError
 from quantkit_runtime.generation.batch import Batch, Piece
@@ -30,6 +33,8 @@ from quantkit_runtime.server.protocol import (
     Usage,
 )
 
+log = logging.getLogger(__name__)
+
 _PARAMETERS = frozenset(
     {
         "max_tokens", "temperature", "top_p", "top_k", "seed", "stop",
@@ -45,8 +50,6 @@ def load(spec: ModelSpec) -> ChatModel:
     Raises:
         QuantkitRuntimeError: It cannot be loaded, or writes no text.
     """
-    import torch
-
     from quantkit_runtime.load import load_model
     from quantkit_runtime.optional import import_optional
 
@@ -245,7 +248,16 @@ class ChatModel(StreamingModel):
         if self._speaker is None:
             self._speaker = self._begin(self._to_speak.popleft())
         key, speaker = self._speaker
-        done = speaker.step()
+        try:
+            done = speaker.step()
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            log.error("speaking failed", exc_info=error, extra={"request_id": key})
+            self._speaker = None
+            self._said.clear()
+            del self._active[key]
+            return [Failed(key, "internal", f"{type(error).__name__} while speaking")]
         events: list[Event] = list(self._said)
         self._said.clear()
         if done:
