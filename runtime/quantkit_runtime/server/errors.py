@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -14,8 +13,6 @@ from quantkit_runtime.server.protocol import Failed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-log = logging.getLogger(__name__)
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _NO_RETRY = {"x-should-retry": "false"}  # the openai client tries a 5xx again without it
@@ -95,11 +92,6 @@ def add_handlers(app: FastAPI) -> None:
             return error.__cause__.response()
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers).response()
-
-    @app.exception_handler(Exception)
-    async def defect(_request: Request, error: Exception) -> JSONResponse:
-        log.error("defect in a request handler", exc_info=error)
-        return ApiError(500, "internal error; the server's log says more", code="internal_error").response()
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from quantkit_runtime.server.errors import ApiError, bad_request
+from quantkit_runtime.server.png import encode_png
 
 if TYPE_CHECKING:
     from quantkit_runtime.server.settings import Limits
@@ -50,12 +51,12 @@ _SOUNDS = {
 
 def encode_image(pixels: np.ndarray, form: ImageFormat = "png", quality: int = 90) -> bytes:
     """Encode a uint8 picture (height, width, 3)."""
+    if form == "png":
+        return encode_png(pixels)
     from PIL import Image
 
     buffer = io.BytesIO()
-    # Level 1 takes a fifth of the time of the usual 6, for a few percent of size.
-    options = {"compress_level": 1} if form == "png" else {"quality": quality}
-    Image.fromarray(pixels).save(buffer, form.upper(), **options)
+    Image.fromarray(pixels).save(buffer, form.upper(), quality=quality)
     return buffer.getvalue()
 
 

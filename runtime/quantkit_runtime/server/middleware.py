@@ -21,6 +21,7 @@ FORM_PATHS = frozenset({"/v1/videos", "/v1/videos/sync", "/v1/images/edits"})
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _QUIET = frozenset({"/health", "/ready", "/metrics"})
+_DEFECT = ApiError(500, "internal error; the server's log says more", code="internal_error")
 
 
 class Guard:
@@ -57,6 +58,10 @@ class Guard:
                 await error.response()(scope, receive, send_marked)
             else:
                 await self._app(scope, self._limited(receive), send_marked)
+        except Exception as failure:
+            log.error("defect in a request handler", exc_info=failure)
+            if status == 0:
+                await _DEFECT.response()(scope, receive, send_marked)
         finally:
             if scope["path"] not in _QUIET:
                 took_ms = round((time.perf_counter() - begin) * 1000, 1)

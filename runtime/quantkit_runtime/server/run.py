@@ -82,7 +82,8 @@ def bind(settings: Settings) -> socket.socket:
         SettingsError: The address cannot be bound.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    bound = socket.socket(family)
+    # Named as TCP, or asyncio would leave Nagle's algorithm on: 40 ms for each answer.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((settings.host.strip("[]"), settings.port))

@@ -100,10 +100,9 @@ async def _pieces(events: Events, body: ImageOptions, asked: ImageRequest) -> As
 async def _answer(body: ImageOptions, asked: ImageRequest, finished: Finished) -> dict[str, Any]:
     assert isinstance(finished.result, Frames)
     quality = 90 if body.output_compression is None else body.output_compression
-    encoded = [
-        await asyncio.to_thread(encode_image, pixels, body.output_format, quality)
-        for pixels in finished.result.pixels
-    ]
+    encoded = await asyncio.gather(
+        *(asyncio.to_thread(encode_image, pixels, body.output_format, quality) for pixels in finished.result.pixels)
+    )
     _, height, width, _ = finished.result.pixels.shape
     data = [
         {"b64_json": base64.b64encode(picture).decode(), "seed": seed}

@@ -1,0 +1,105 @@
+"""Pictures, videos and sounds, in and out."""
+
+import io
+from contextlib import suppress
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from quantkit_runtime.server.errors import ApiError
+from quantkit_runtime.server.media import decode_audio, decode_base64, decode_image, encode_mp4, encode_sound
+from quantkit_runtime.server.png import encode_png
+from quantkit_runtime.server.settings import Limits
+
+LIMITS = Limits(max_upload_bytes=10_000, max_upload_pixels=64 * 64, max_audio_s=1.0)
+
+
+def saved(form, size=(20, 10), mode="RGB", **options):
+    buffer = io.BytesIO()
+    Image.new(mode, size, 0).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 17), (33, 1), (64, 48)])
+@pytest.mark.parametrize("fill", ["noise", "flat"])
+def test_png_keeps_every_pixel(size, fill):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    if fill == "flat":
+        pixels[:] = (7, 8, 255)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(pixels)))), pixels)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (31, 17)])
+def test_mp4_has_every_frame_at_its_size_and_rate(size):
+    ramp = np.repeat(np.arange(0, 250, 50, dtype=np.uint8), 3 * size[0] * size[1]).reshape(5, *size, 3)
+    with av.open(io.BytesIO(encode_mp4(ramp, 12))) as container:
+        assert container.streams.video[0].average_rate == 12
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert frames.shape == ramp.shape
+    assert np.abs(frames.astype(int) - ramp).max() < 6
+
+
+@pytest.mark.parametrize(
+    ("form", "mode"), [("PNG", "RGBA"), ("PNG", "P"), ("PNG", "L"), ("JPEG", "L"), ("WEBP", "RGB")]
+)
+def test_pictures_of_any_mode_become_rgb(form, mode):
+    assert decode_image(saved(form, mode=mode), LIMITS, "image").shape == (10, 20, 3)
+
+
+def test_a_turned_photograph_is_turned_back():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right
+    assert decode_image(saved("JPEG", exif=exif), LIMITS, "image").shape == (20, 10, 3)
+
+
+@pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "ICO"])
+def test_other_formats_are_not_even_tried(form):
+    with pytest.raises(ApiError) as caught:
+        decode_image(saved(form), LIMITS, "image")
+    assert caught.value.code == "invalid_image"
+
+
+def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded():
+    bomb = saved("PNG", (2000, 2000), "1")
+    assert len(bomb) < LIMITS.max_upload_bytes
+    with pytest.raises(ApiError) as caught:
+        decode_image(bomb, LIMITS, "image")
+    assert (caught.value.status, caught.value.code) == (413, "image_too_large")
+
+
+@pytest.mark.parametrize(
+    ("form", "rate"), [("wav", 16_000), ("wav", 44_100), ("mp3", 24_000), ("flac", 8_000), ("opus", 24_000)]
+)
+def test_sounds_come_back_at_one_rate(form, rate):
+    seconds = 0.2
+    wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate).astype(np.float32)
+    limits = Limits(max_upload_bytes=100_000, max_audio_s=1.0)
+    samples = decode_audio(encode_sound(wave, rate, form), limits, "sound")
+    assert samples.dtype == np.float32
+    assert 0.19 < samples.size / 16_000 < 0.32  # lossy formats pad
+    assert 0.4 < np.abs(samples).max() < 0.65
+
+
+MAGIC = (b"", b"\x89PNG\r\n\x1a\n", b"RIFF", b"OggS", b"ID3", b"fLaC", b"\xff\xd8")
+
+
+@given(st.binary(max_size=300), st.sampled_from(MAGIC))
+@settings(max_examples=60, deadline=None)
+def test_nonsense_is_always_a_mistake_of_the_caller(data, magic):
+    for decode in (decode_image, decode_audio):
+        with pytest.raises(ApiError) as caught:
+            decode(magic + data, LIMITS, "field")
+        assert 400 <= caught.value.status < 500
+        assert caught.value.param == "field"
+
+
+@given(st.text(max_size=100))
+@settings(max_examples=60, deadline=None)
+def test_base64_is_decoded_or_refused(text):
+    for written in (text, f"data:image/png;base64,{text}"):
+        with suppress(ApiError):
+            assert isinstance(decode_base64(written, LIMITS, "field"), bytes)
