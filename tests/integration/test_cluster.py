@@ -129,3 +129,20 @@ def test_a_cluster_refuses_video_jobs(cluster):
         urllib.request.urlopen(f"{url}/v1/videos/some-id", timeout=10)
     assert refused.value.code == 501
     assert "/v1/videos/sync" in json.load(refused.value)["error"]["message"]
+
+
+def test_a_replica_asks_for_the_accelerators_of_its_ranks_on_one_node_and_copies_follow_the_load():
+    from quantkit_runtime.server.cluster import bind
+    from quantkit_runtime.server.protocol import ModelSpec
+    from quantkit_runtime.server.settings import Cluster, Limits, Settings
+
+    spec = ModelSpec("model", device="cuda", cfg_parallel=2)
+    cluster = Cluster(min_replicas=1, max_replicas=4, target_requests=3, cpus_per_replica=2)
+    bound = bind(Settings(models={"model": spec}, cluster=cluster, limits=Limits(max_queue=9)))
+    deployment = bound._bound_deployment
+    config = deployment._deployment_config
+    assert deployment._replica_config.placement_group_bundles == [{"CPU": 2.0, "GPU": 2.0}]
+    assert deployment._replica_config.placement_group_strategy == "STRICT_PACK"
+    scaling = config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 3)
+    assert config.max_queued_requests == 9
