@@ -79,8 +79,8 @@ def main() -> None:
     parser.add_argument("--api-key")
     given = parser.parse_args()
     work = Work(given.kind, given.model, given.size, given.steps, given.tokens, given.api_key)
-    summary = run(given.url, work, given.seconds, concurrency=given.concurrency, rate=given.rate)
-    print(json.dumps(asdict(summary), indent=1))
+    samples = run(given.url, work, given.seconds, concurrency=given.concurrency, rate=given.rate)
+    print(json.dumps(asdict(summarize([samples])), indent=1))
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Work:
 
 def run(
     url: str, work: Work, seconds: float, *, concurrency: int | None = None, rate: float | None = None
-) -> Summary:
-    """Load a server and return what came of it.
+) -> list[Sample]:
+    """Load a server and return every request.
 
     Args:
         url: Of the server.
@@ -148,7 +148,7 @@ def run(
             due.put(None)
     for thread in threads:
         thread.join()
-    return summarize(samples)
+    return samples
 
 
 def _ask(url: str, work: Work, number: int, due: float, begin: float) -> Sample:
@@ -180,10 +180,11 @@ def _ask(url: str, work: Work, number: int, due: float, begin: float) -> Sample:
     return Sample(status, now - due, first, model_s, tokens, now - begin)
 
 
-def summarize(samples: list[Sample]) -> Summary:
-    """Return rates and percentiles."""
+def summarize(runs: list[list[Sample]]) -> Summary:
+    """Return rates and percentiles over several runs."""
+    samples = [one for samples in runs for one in samples]
     good = [one for one in samples if one.status == 200]
-    seconds = max((one.end_s for one in samples), default=0.0)
+    seconds = sum(max((one.end_s for one in samples), default=0.0) for samples in runs)
     overheads = [1e3 * (one.latency_s - one.model_s) for one in good if one.model_s is not None]
     return Summary(
         requests=len(samples),

@@ -23,19 +23,20 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from load import Work, run
+from load import Sample, Work, run, summarize
 
-IMAGE = Work("image", size=64, steps=20)
+IMAGE = Work("image", size=64, steps=8)
 CHAT = Work("chat", tokens=64)
 IMAGE_CALLERS = (1, 2, 4)
 CHAT_CALLERS = (1, 4, 8)
 OPEN_SHARE = 0.7  # of the best closed throughput
+ROUNDS = 4
 
 
 def main() -> None:
@@ -60,18 +61,15 @@ def main() -> None:
         if given.only in (None, "image", "replicas"):
             images = make_images(folder)
         if given.only in (None, "image"):
-            for variant, path in images.items():
-                with served(path, folder) as url:
-                    rows += measure(url, IMAGE, IMAGE_CALLERS, given.seconds, variant)
+            rows += compare(images, folder, IMAGE, IMAGE_CALLERS, given.seconds)
         if given.only in (None, "replicas"):
             for replicas in (1, 2):
-                options = ["--engine", "ray", "--min-replicas", str(replicas)]
-                with served(images["W4A16"], folder, *options) as url:
-                    rows += measure(url, IMAGE, (4,), given.seconds, "W4A16", replicas=replicas, opened=False)
+                with served(images["W4A16"], folder, "--engine", "ray", "--min-replicas", str(replicas)) as url:
+                    run(url, IMAGE, 3, concurrency=4)  # warm up
+                    samples = run(url, IMAGE, given.seconds, concurrency=4)
+                rows.append(row_of(IMAGE, "W4A16", "closed, 4", [samples], replicas))
         if given.only in (None, "chat"):
-            for variant, path in make_chats(folder).items():
-                with served(path, folder) as url:
-                    rows += measure(url, CHAT, CHAT_CALLERS, given.seconds, variant)
+            rows += compare(make_chats(folder), folder, CHAT, CHAT_CALLERS, given.seconds)
     result = describe(rows, given.seconds)
     print_table(rows)
     if given.output is not None:
@@ -96,27 +94,39 @@ def describe(rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     }
 
 
-def measure(
-    url: str, work: Work, callers: tuple[int, ...], seconds: float, variant: str, *, replicas: int = 0,
-    opened: bool = True,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Load one server in closed loops, then in an open one at a share of the best throughput."""
-    run(url, work, min(seconds, 3), concurrency=max(callers))  # warm up
+def compare(
+    models: dict[str, Path], folder: Path, work: Work, callers: tuple[int, ...], seconds: float
+) -> list[dict[str, Any]]:
+    """Load servers of several models in turns, so that what else the machine does falls on all alike."""
     rows = []
-    for count in callers:
-        summary = run(url, work, seconds, concurrency=count)
-        rows.append(
-            {"kind": work.kind, "variant": variant, "replicas": replicas, "loop": f"closed, {count}"}
-            | asdict(summary)
-        )
-    if opened:
-        rate = OPEN_SHARE * max(row["per_s"] for row in rows)
-        summary = run(url, work, seconds, rate=rate)
-        rows.append(
-            {"kind": work.kind, "variant": variant, "replicas": replicas, "loop": f"open, {rate:.2f}/s"}
-            | asdict(summary)
-        )
+    with ExitStack() as stack:
+        urls = {variant: stack.enter_context(served(path, folder)) for variant, path in models.items()}
+        for url in urls.values():
+            run(url, work, 2, concurrency=max(callers))  # warm up
+        best = dict.fromkeys(urls, 0.0)
+        for count in callers:
+            runs = in_turns(urls, lambda url, count=count: run(url, work, seconds / ROUNDS, concurrency=count))
+            for variant, samples in runs.items():
+                rows.append(row_of(work, variant, f"closed, {count}", samples))
+                best[variant] = max(best[variant], rows[-1]["per_s"])
+        rate = OPEN_SHARE * min(best.values())  # the same for all
+        runs = in_turns(urls, lambda url: run(url, work, seconds / ROUNDS, rate=rate))
+        rows += [row_of(work, variant, f"open, {rate:.2f}/s", samples) for variant, samples in runs.items()]
     return rows
+
+
+def in_turns(urls: dict[str, str], load: Callable[[str], list[Sample]]) -> dict[str, list[list[Sample]]]:
+    """Load every server once in each round."""
+    runs: dict[str, list[list[Sample]]] = {variant: [] for variant in urls}
+    for _ in range(ROUNDS):
+        for variant, url in urls.items():
+            runs[variant].append(load(url))
+    return runs
+
+
+def row_of(work: Work, variant: str, loop: str, runs: list[list[Sample]], replicas: int = 0) -> dict[str, Any]:
+    """Return a row of the result."""
+    return {"kind": work.kind, "variant": variant, "replicas": replicas, "loop": loop} | asdict(summarize(runs))
 
 
 @contextmanager
@@ -125,16 +135,25 @@ def served(model: Path, folder: Path, *options: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = ["--port", str(port), "--state-dir", str(folder / "state"), "--log-format", "text", *options]
+    arguments = [
+        "--port",
+        str(port),
+        "--state-dir",
+        str(folder / f"state-{port}"),
+        "--log-format",
+        "text",
+        *options,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    log = (folder / "server.log").open("w+b")
+    path = folder / f"server-{port}.log"
+    log = path.open("wb")
     process = subprocess.Popen(
         [sys.executable, "-m", "quantkit_runtime.server", str(model), "--served-model-name", "model", *arguments],
         env=environment, stdout=log, stderr=log,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait_ready(url, process, folder / "server.log")
+        _wait_ready(url, process, path)
         yield url
     finally:
         process.terminate()

@@ -204,22 +204,22 @@ def test_a_failure_of_the_talker_ends_that_answer_alone(omni, monkeypatch):
     assert results["b"].result.usage.completion_tokens == 30
 
 
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`")  # so its talker does
 def test_qwen3_omni_speaks(folders):
-    """In the fixture the talker's special tokens are beyond its vocabulary, as small as that is."""
+    """In the fixture tokens are bytes, and the talker's special ones are beyond its vocabulary."""
     from transformers import Qwen3OmniMoeConfig, Qwen3OmniMoeForConditionalGeneration
 
     reader = Reader(folders("qwen3-omni"))
     config = Qwen3OmniMoeConfig.from_pretrained(folders("qwen3-omni"))
     number = reader.tokenizer.convert_tokens_to_ids
-    config.im_start_token_id, config.user_token_id, config.assistant_token_id = map(
-        number, ("<|im_start|>", "u", "a")
-    )
+    config.im_start_token_id, config.user_token_id, config.assistant_token_id = map(number, (">", "u", "a"))
     config.tts_pad_token_id, config.tts_bos_token_id, config.tts_eos_token_id = 1, 2, 3
     talker = config.talker_config
     talker.text_config.vocab_size = 1100  # the last 1024 are never spoken
     for index, name in enumerate(("nothink", "think_bos", "think_eos", "pad", "bos")):
         setattr(talker, f"codec_{name}_id", 10 + index)
     talker.codec_eos_token_id = 20
+    config.code2wav_config.codebook_size = 1100
     torch.manual_seed(0)
     model = ChatModel(Qwen3OmniMoeForConditionalGeneration(config).to(torch.bfloat16).eval(), reader)
     assert model.info.voices == ("ethan",)
