@@ -16,6 +16,7 @@ _LIMITS = "Limits"
 _GROWING = "Growing"
 _DEMO_RECIPE = "demo-flux"
 _DRAIN_S = 30.0
+_MAX_BATCH = 4
 _SAMPLING = (
     "height",
     "width",
@@ -97,6 +98,9 @@ def command(
             "--exact", help="Greedy chats do not depend on the load, but are slower.", rich_help_panel=_HOW
         ),
     ] = False,
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", min=1, help="Pictures that run together.", rich_help_panel=_HOW)
+    ] = _MAX_BATCH,
     warm_up: Annotated[
         bool,
         typer.Option("--warm-up/--no-warm-up", help="Run a small request before the first.", rich_help_panel=_HOW),
@@ -106,7 +110,7 @@ def command(
         typer.Option(
             "--limit",
             metavar="NAME=VALUE",
-            help="max_queue, request_timeout_s, max_batch, max_pixels, max_frames, max_steps, max_tokens ...",
+            help="max_queue, request_timeout_s, max_pixels, max_frames, max_steps, max_tokens ...",
             rich_help_panel=_LIMITS,
         ),
     ] = None,
@@ -153,6 +157,7 @@ def command(
             "--backend": backend if backend != "auto" else None,
             "--device": device if device != "auto" else None,
             "--exact": exact or None,
+            "--max-batch": max_batch if max_batch != _MAX_BATCH else None,
             "--no-warm-up": None if warm_up else True,
             "--state-dir": state_dir,
             "--drain": drain if drain != _DRAIN_S else None,
@@ -184,6 +189,7 @@ def command(
         backend=backend,
         cfg_parallel=cfg_parallel,
         exact=exact,
+        max_batch=max_batch,
         warm_up=warm_up,
         defaults=defaults,
         limits=parse_limits(limit or []),

@@ -55,7 +55,7 @@ def load_pipeline(
         MissingDependencyError: diffusers is not installed.
     """
     target = _available_device(device)
-    folder = _local_folder(path)
+    folder = local_folder(path)
     index_path = folder / "model_index.json"
     if not index_path.is_file():
         raise CheckpointFormatError(f"{index_path}: missing; give the root folder of a diffusers pipeline")
@@ -114,7 +114,7 @@ def load_model(
         MissingDependencyError: The library of the model's class is not installed.
     """
     target = _available_device(device)
-    folder = _local_folder(path)
+    folder = local_folder(path)
     config_path = folder / "config.json"
     config = read_json(config_path)
     model_class = class_of(config, config_path)
@@ -200,7 +200,12 @@ def _available_device(device: str | torch.device) -> torch.device:
     return target
 
 
-def _local_folder(path: str | PathLike[str]) -> Path:
+def local_folder(path: str | PathLike[str]) -> Path:
+    """Return the folder of a model, downloaded first if it is a hub id.
+
+    Raises:
+        CheckpointFormatError: There is no such folder, and the hub does not give it.
+    """
     folder = Path(path)
     if folder.is_dir():
         return folder

@@ -1,6 +1,8 @@
 """The server with real pipelines: it answers what the pipeline itself draws, whatever happens to its engine."""
 
 import base64
+import gzip
+import http.server
 import io
 import json
 import os
@@ -31,8 +33,30 @@ DRAW = {"size": "32x32", "num_inference_steps": 3, "max_sequence_length": 16}
 PATIENCE = Patience(ping_s=0.5, silence_s=3.0)
 
 
+@pytest.fixture
+def collector():
+    """A collector of traces: its address, and all that was sent to it."""
+    sent = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            sent.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", sent
+        server.shutdown()
+        thread.join()
+
+
 @contextmanager
-def started(*arguments):
+def started(*arguments, **environment):
     """Run ``python -m quantkit_runtime.server``; yields its process and address."""
     command = [
         sys.executable,
@@ -44,7 +68,7 @@ def started(*arguments):
         "--device",
         "cpu",
     ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment) as process:
         try:
             url, lines = None, []
             for line in process.stderr:
@@ -86,10 +110,10 @@ def draw(rtn_checkpoint):
     return run
 
 
-def test_the_openai_client_draws_with_a_packed_model_what_the_pipeline_draws_and_sigterm_drains(
-    rtn_checkpoint, draw
-):
-    with started(rtn_checkpoint, "--served-model-name", "packed", "--dtype", "float32") as (process, url):
+def test_a_packed_model_draws_through_the_openai_client_and_sigterm_drains(rtn_checkpoint, draw, collector):
+    endpoint, traces = collector
+    options = (rtn_checkpoint, "--served-model-name", "packed", "--dtype", "float32")
+    with started(*options, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint) as (process, url):
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             extra = {key: value for key, value in DRAW.items() if key != "size"}
             answer = client.images.generate(
@@ -118,6 +142,10 @@ def test_the_openai_client_draws_with_a_packed_model_what_the_pipeline_draws_and
                 process.send_signal(signal.SIGTERM)
                 assert len(last.result().data) == 1
         assert process.wait(60) == 0
+    spans = b"".join(gzip.decompress(sent) if sent[:2] == b"\x1f\x8b" else sent for sent in traces)
+    for name in (b"POST /v1/images/generations", b"queue", b"generate"):
+        assert name in spans
+    assert b"a red circle" not in spans
 
 
 def settings_of(folder, tmp_path, **changes):

@@ -1,8 +1,10 @@
 """The built wheels: what is inside, and that the runtime's works alone in an empty environment."""
 
+import json
 import shutil
 import subprocess
 import sys
+import urllib.request
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -121,9 +123,9 @@ def test_the_runtimes_metadata(runtime):
     assert {line.partition(">")[0] for line in required} == {"torch", "safetensors", "numpy"}
 
 
-@pytest.fixture
-def empty_environment(tmp_path):
-    folder = tmp_path / "venv"
+@pytest.fixture(scope="module")
+def empty_environment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("empty") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     yield folder / "bin" / "python"
     shutil.rmtree(folder)  # gigabytes, once torch is in it
@@ -139,7 +141,7 @@ def test_the_runtime_alone_passes_its_tests_in_an_empty_environment(runtime, emp
     )
     installed = {line.partition("==")[0].lower() for line in listed.stdout.splitlines()}
     assert "quantkit-runtime" in installed
-    assert installed & {"quantkit", "diffusers", "transformers", "auto-round", "datasets", "evalscope"} == set()
+    assert installed & {"quantkit", "diffusers", "transformers", "fastapi", "auto-round", "datasets"} == set()
     done = subprocess.run(
         [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / "runtime"],
         cwd=tmp_path,
@@ -148,3 +150,30 @@ def test_the_runtime_alone_passes_its_tests_in_an_empty_environment(runtime, emp
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_the_runtime_with_its_server_extra_alone_serves_a_picture(runtime, empty_environment, tmp_path):
+    python = empty_environment
+    constraints = ROOT / "constraints.txt"
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", constraints, f"{runtime}[server]"], check=True)
+    options = ["--port", "0", "--device", "cpu", "--no-warm-up", "--default", "max_sequence_length=48"]
+    command = [python, "-m", "quantkit_runtime.server", ROOT / "quantkit/demo/pipeline", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as server:
+        try:
+            lines = []
+            for line in server.stderr:
+                lines.append(line)
+                if json.loads(line)["message"] == "ready":
+                    break
+            assert lines, "nothing was logged"
+            address = json.loads(lines[-1])["url"]
+            body = {"prompt": "a red circle", "size": "64x64", "num_inference_steps": 2}
+            request = urllib.request.Request(
+                f"{address}/v1/images/generations", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                assert len(json.load(answer)["data"]) == 1
+        finally:
+            server.terminate()
+            server.stderr.read()
+    assert server.returncode == 0

@@ -72,7 +72,7 @@ def _describe(app: FastAPI, *, needs_key: bool) -> dict[str, Any]:
 
 def _deploy(name: str, engine: EngineGroup, metrics: Metrics, settings: Settings) -> Deployment:
     limits = settings.limits
-    scheduler = Scheduler(engine, metrics, model=name, max_queue=limits.max_queue, max_batch=limits.max_batch)
+    scheduler = Scheduler(engine, metrics, model=name, max_queue=limits.max_queue)
     return Deployment(name, engine, scheduler)
 
 

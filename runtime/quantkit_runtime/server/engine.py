@@ -85,7 +85,7 @@ def _start(spec: ModelSpec, inbox: Inbox, stack: ExitStack) -> BatchModel | Stre
     load = getattr(import_module(module), function)
     begin = _phase(inbox, "import", begin)
     model: BatchModel | StreamingModel = load(spec)
-    model.info = _with_defaults(model.info, spec.defaults)
+    model.info = _as_asked(model.info, spec)
     begin = _phase(inbox, "load", begin)
     if spec.warm_up:
         model.warm_up()
@@ -99,12 +99,14 @@ def _control_group() -> Any:
     return dist.new_group(backend="gloo")  # on the CPU, whatever the device
 
 
-def _with_defaults(info: ModelInfo, defaults: dict[str, Any]) -> ModelInfo:
-    unknown = defaults.keys() - info.parameters - info.defaults.keys()
+def _as_asked(info: ModelInfo, spec: ModelSpec) -> ModelInfo:
+    unknown = spec.defaults.keys() - info.parameters - info.defaults.keys()
     if unknown:
         known = ", ".join(sorted(info.parameters | info.defaults.keys()))
         raise SettingsError(f"--default {min(unknown)}: {info.description} takes no such field; it takes {known}")
-    return dataclasses.replace(info, defaults=info.defaults | defaults)
+    return dataclasses.replace(
+        info, defaults=info.defaults | spec.defaults, max_batch=min(info.max_batch, spec.max_batch)
+    )
 
 
 def _phase(inbox: Inbox, name: str, begin: float) -> float:

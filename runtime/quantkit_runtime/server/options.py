@@ -37,6 +37,9 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument(
         "--exact", action="store_true", help="greedy chats do not depend on the load, but are slower"
     )
+    parser.add_argument(
+        "--max-batch", type=int, default=4, help="pictures that run together (default: %(default)s)"
+    )
     parser.add_argument("--default", action="append", default=[], metavar="FIELD=VALUE", help="of a request field")
     parser.add_argument("--allow-remote-media", action="store_true", help="fetch URLs that requests name")
     parser.add_argument("--state-dir", type=Path, help="folder of video jobs")
@@ -64,6 +67,7 @@ def parse(arguments: list[str]) -> Settings:
         backend=given.backend,
         cfg_parallel=given.cfg_parallel,
         exact=given.exact,
+        max_batch=given.max_batch,
         warm_up=not given.no_warm_up,
         host=given.host,
         port=given.port,
@@ -86,7 +90,8 @@ def make_settings(
     compute: str,
     backend: str,
     cfg_parallel: int,
-    exact: bool = False,
+    exact: bool,
+    max_batch: int,
     warm_up: bool,
     defaults: dict[str, Any],
     log_format: str,
@@ -102,6 +107,7 @@ def make_settings(
         backend: As `ModelSpec` has it.
         cfg_parallel: As `ModelSpec` has it.
         exact: As `ModelSpec` has it.
+        max_batch: As `ModelSpec` has it.
         warm_up: As `ModelSpec` has it.
         defaults: Of request fields.
         log_format: As `Settings` has it.
@@ -112,6 +118,8 @@ def make_settings(
     """
     if dtype not in _DTYPES:
         raise SettingsError(f"--dtype {dtype}: use {', '.join(_DTYPES)}")
+    if max_batch < 1:
+        raise SettingsError(f"--max-batch {max_batch}: must be at least 1")
     if log_format not in ("json", "text"):
         raise SettingsError(f"--log-format {log_format}: use json or text")
     if len({name for name, _ in models}) < len(models):
@@ -127,6 +135,7 @@ def make_settings(
             backend=backend,
             cfg_parallel=cfg_parallel,
             exact=exact,
+            max_batch=max_batch,
             warm_up=warm_up,
             defaults=defaults,
         )

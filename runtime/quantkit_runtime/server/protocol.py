@@ -26,6 +26,7 @@ class ModelSpec:
         backend: As `load_pipeline` takes it.
         cfg_parallel: Ranks that share the guidance branches: 1 or 2.
         tensor_parallel: Ranks that share each layer.
+        max_batch: Pictures that run together, where the model allows as many.
         loader: ``module:function`` that makes the model of this spec.
         exact: Chats do not depend on what is written beside them, not even in rounding; see `generation.Batch`.
         warm_up: Run something small before the model counts as ready.
@@ -39,6 +40,7 @@ class ModelSpec:
     backend: str = "auto"
     cfg_parallel: int = 1
     tensor_parallel: int = 1
+    max_batch: int = 4
     loader: str = "quantkit_runtime.server.models.loader:load"
     exact: bool = False
     warm_up: bool = True

@@ -15,6 +15,7 @@ from quantkit_runtime.server.app import create_app
 from quantkit_runtime.server.logs import set_up_logging
 from quantkit_runtime.server.routes.common import Context
 from quantkit_runtime.server.settings import Settings, SettingsError
+from quantkit_runtime.server.tracing import exporting
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ def serve(settings: Settings) -> None:
     Raises:
         SettingsError: The address cannot be bound.
         EngineStartError: A model cannot be loaded.
+        MissingDependencyError: The environment asks for traces, which need another extra.
     """
     if settings.cluster is not None:
         from quantkit_runtime.server.cluster import serve_on_cluster
@@ -34,7 +36,7 @@ def serve(settings: Settings) -> None:
     set_up_logging(settings.log_format)
     # uvicorn ends by raising the signal again that it was stopped by; having drained is no failure.
     signal.signal(signal.SIGTERM, lambda _number, _frame: None)
-    with bind(settings) as bound:
+    with exporting(), bind(settings) as bound:
         asyncio.run(_serve(settings, bound))
 
 

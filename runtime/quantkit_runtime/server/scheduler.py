@@ -12,6 +12,9 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
+from opentelemetry.context import Context
+
+from quantkit_runtime.server import tracing
 from quantkit_runtime.server.errors import ApiError, error_of
 from quantkit_runtime.server.metrics import Metrics
 from quantkit_runtime.server.protocol import (
@@ -39,14 +42,22 @@ class Ticket:
         request: What to run.
         client: Whose turn it takes; turns go round between clients.
         events: What happened, ended by `Finished` or `Failed`.
+        submitted: When, by ``time.monotonic``.
+        place: In the trace of the HTTP request.
+        sent: When it was last sent to an engine.
         tries: Times it was sent to an engine.
         wait_s: From the submission until it was first sent.
+        has_output: Whether some of the answer is out.
+        has_ended: Whether its last event has come.
+        timer: Ends it when its time is up.
     """
 
     request: Request
     client: str
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     submitted: float = field(default_factory=time.monotonic)
+    place: Context = field(default_factory=tracing.current)
+    sent: float | None = None
     tries: int = 0
     wait_s: float | None = None
     has_output: bool = False
@@ -71,7 +82,6 @@ class Scheduler:
         metrics: What counts them.
         model: Name of the model in the metrics.
         max_queue: Requests that may wait.
-        max_batch: Pictures that may run together, beside the model's own limit.
         max_tries: Times a request is sent before it fails with an engine that dies.
     """
 
@@ -82,14 +92,12 @@ class Scheduler:
         *,
         model: str,
         max_queue: int,
-        max_batch: int,
         max_tries: int = 2,
     ) -> None:
         self.engine = engine
         self._metrics = metrics
         self._model = model
         self._max_queue = max_queue
-        self._max_batch = max_batch
         self._max_tries = max_tries
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by client, the next client first
         self._running: dict[str, Ticket] = {}
@@ -199,7 +207,7 @@ class Scheduler:
             streams = bool(info.kinds & {"chat", "speech"})
             if len(self._running) >= (info.max_active if streams else 1):
                 break
-            self._send(self._next_batch(min(info.max_batch, self._max_batch)))
+            self._send(self._next_batch(info.max_batch))
         self._metrics.queue_depth(self._model, self.waiting)
 
     def _next_batch(self, most: int) -> list[Ticket]:
@@ -208,7 +216,7 @@ class Scheduler:
         batch = [tickets[0]]
         key = batch[0].request.batch_key()
         items = batch[0].request.items
-        if key is not None:
+        if key is not None and not batch[0].tries:  # one that was tried before may be what ended the engine
             for ticket in self._in_turn():
                 if ticket is batch[0] or ticket.request.batch_key() != key:
                     continue
@@ -231,9 +239,11 @@ class Scheduler:
         now = time.monotonic()
         for ticket in batch:
             ticket.tries += 1
+            ticket.sent = now
             if ticket.wait_s is None:
                 ticket.wait_s = now - ticket.submitted
                 self._metrics.waited(self._model, ticket.wait_s)
+                tracing.record("queue", ticket.place, ticket.submitted, now, model=self._model)
             self._running[ticket.request.id] = ticket
         self._metrics.batch(self._model, sum(ticket.request.items for ticket in batch))
         self.engine.mark_progress()
@@ -260,6 +270,12 @@ class Scheduler:
             return
         ticket.put(event)
         self._metrics.ended(self._model, event)
+        if ticket.sent is not None:
+            outcome = "ok" if isinstance(event, Finished) else event.kind
+            tracing.record(
+                "generate", ticket.place, ticket.sent, time.monotonic(),
+                model=self._model, outcome=outcome, tries=ticket.tries,
+            )  # fmt: skip
         if isinstance(event, Finished):
             self._recent_s.append(event.seconds)
             if isinstance(event.result, Answer):

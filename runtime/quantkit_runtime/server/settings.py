@@ -25,7 +25,6 @@ class Limits:
     Attributes:
         max_queue: Requests that wait, per model; more get 429.
         request_timeout_s: From arrival to answer.
-        max_batch: Pictures that run together.
         max_pixels: Width times height.
         max_frames: Of a video.
         max_steps: Denoising steps.
@@ -42,7 +41,6 @@ class Limits:
 
     max_queue: int = 64
     request_timeout_s: float = 600.0
-    max_batch: int = 4
     max_pixels: int = 2048 * 2048
     max_frames: int = 257
     max_steps: int = 200

@@ -52,12 +52,14 @@ class Patience:
         ping_s: Between two pings.
         silence_s: Without an answer to pings, before the processes are killed. While a model loads only ``start_s``
             counts: imports of large libraries may hold up every thread.
-        step_s: Without any progress of a running request.
+        stall_s: Without any progress of a running request, before ``/ready`` tells so.
+        step_s: Without any progress of a running request, before the processes are killed.
         start_s: From the start of the processes until the model is ready.
     """
 
     ping_s: float = 1.0
     silence_s: float = 20.0
+    stall_s: float = 120.0
     step_s: float = 600.0
     start_s: float = 3600.0
 
@@ -109,11 +111,13 @@ class EngineGroup:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the model takes requests, and has answered lately."""
-        return self.state == "ready" and all(
-            rank.unanswered * self.patience.ping_s < max(self.patience.silence_s / 4, 2 * self.patience.ping_s)
-            for rank in self._ranks
-        )
+        """Whether the model takes requests: it is idle and answers, or has moved on lately."""
+        if self.state != "ready" or (
+            self._busy() and time.monotonic() - self._last_progress > self.patience.stall_s
+        ):
+            return False
+        patience_s = max(self.patience.silence_s / 4, 2 * self.patience.ping_s)
+        return all(rank.unanswered * self.patience.ping_s < patience_s for rank in self._ranks)
 
     @property
     def pids(self) -> list[int]:

@@ -24,7 +24,7 @@ def saved(form, size=(20, 10), mode="RGB", **options):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 17), (33, 1), (64, 48)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 17), (33, 1), (64, 48), (700, 500)])
 @pytest.mark.parametrize("fill", ["noise", "flat"])
 def test_png_keeps_every_pixel(size, fill):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import socket
+import sys
 import threading
 
 import httpx2
@@ -225,3 +226,13 @@ def test_several_models_are_told_apart_by_name(serve):
     assert client.post(serving.IMAGES, json={**ONE, "model": "images"}).status_code == 200
     assert client.post(serving.IMAGES, json={**ONE, "model": "chat"}).status_code == 400
     assert isinstance(client, httpx2.Client)
+
+
+def test_traces_that_are_asked_for_and_cannot_be_sent_are_an_error(monkeypatch):
+    from quantkit_runtime.errors import MissingDependencyError
+    from quantkit_runtime.server.tracing import exporting
+
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with pytest.raises(MissingDependencyError, match=r"quantkit-runtime\[otel\]"), exporting():
+        pass

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 
 import torch  # noqa: F401  (most of the time that importing takes; the start tells of it apart from loading)
 
+from quantkit_runtime.load import local_folder
 from quantkit_runtime.server.models.base import BatchModel, StreamingModel
 from quantkit_runtime.server.protocol import ModelSpec
 
@@ -17,7 +18,8 @@ def load(spec: ModelSpec) -> BatchModel | StreamingModel:
     Raises:
         QuantkitRuntimeError: It cannot be loaded or served.
     """
-    is_pipeline = (Path(spec.path) / "model_index.json").is_file() or not Path(spec.path).is_dir()
+    folder = local_folder(spec.path)
+    is_pipeline = (folder / "model_index.json").is_file()
     module = import_module(f"quantkit_runtime.server.models.{'diffusion' if is_pipeline else 'chat'}")
-    model: BatchModel | StreamingModel = module.load(spec)
+    model: BatchModel | StreamingModel = module.load(replace(spec, path=str(folder)))
     return model

@@ -1,0 +1,177 @@
+"""Whose turn it is: order, batches and repeats, with an engine that only notes what it is sent."""
+
+import asyncio
+
+import pytest
+
+from quantkit_runtime.server.errors import ApiError
+from quantkit_runtime.server.metrics import Metrics
+from quantkit_runtime.server.protocol import Cancel, Failed, Finished, ImageRequest, ModelInfo, Progress, Run
+from quantkit_runtime.server.scheduler import Scheduler
+
+
+class Notebook:
+    """Stands in for the engine's processes."""
+
+    def __init__(self, **info):
+        self.info = ModelInfo(**{"kinds": frozenset({"image"}), "parameters": frozenset(), "max_batch": 4, **info})
+        self.state = "ready"
+        self.sent = []
+
+    def send(self, message):
+        self.sent.append(message)
+
+    def mark_progress(self):
+        pass
+
+    def watch_progress_while(self, busy):
+        self.busy = busy
+
+    @property
+    def runs(self):
+        return [[request.id for request in message.requests] for message in self.sent if isinstance(message, Run)]
+
+    def finish(self, *ids):
+        for identity in ids:
+            self.on_event(Finished(identity, None, 1.0, 0))
+
+    def lose(self):
+        self.state = "down"
+        self.on_down("gone")
+        self.state = "ready"
+        self.on_ready()
+
+
+def picture(identity, n=1, width=64, **options):
+    return ImageRequest(identity, "x", tuple(range(n)), width, 64, options)
+
+
+@pytest.fixture
+def engine():
+    return Notebook()
+
+
+@pytest.fixture
+def run():
+    """Run a coroutine function in a loop of its own."""
+    return asyncio.run
+
+
+def scheduler_of(engine, **changes):
+    return Scheduler(engine, Metrics(), model="m", **{"max_queue": 100, **changes})
+
+
+def test_clients_take_turns_however_many_requests_one_has(engine, run):
+    async def body():
+        scheduler = scheduler_of(engine)
+        for index in range(4):
+            scheduler.submit(picture(f"a{index}", width=16 * (index + 1)), "a", timeout_s=None)
+        scheduler.submit(picture("b0", width=640), "b", timeout_s=None)
+        for identity in ("a0", "a1", "b0", "a2"):
+            engine.finish(identity)
+        assert engine.runs == [["a0"], ["a1"], ["b0"], ["a2"], ["a3"]]
+
+    run(body())
+
+
+def test_what_fits_together_runs_together_up_to_the_limit(engine, run):
+    async def body():
+        scheduler = scheduler_of(engine)
+        for identity, n, width in (("first", 1, 64), ("a", 2, 64), ("other", 1, 32), ("b", 1, 64), ("c", 2, 64)):
+            scheduler.submit(picture(identity, n, width), "me", timeout_s=None)
+        engine.finish("first")
+        engine.finish("a", "b")
+        engine.finish("other")
+        assert engine.runs == [["first"], ["a", "b"], ["other"], ["c"]]
+
+    run(body())
+
+
+def test_other_steps_or_guidance_never_run_together(engine, run):
+    async def body():
+        scheduler = scheduler_of(engine)
+        scheduler.submit(picture("first"), "me", timeout_s=None)
+        scheduler.submit(picture("a", num_inference_steps=2), "me", timeout_s=None)
+        scheduler.submit(picture("b", num_inference_steps=3), "me", timeout_s=None)
+        engine.finish("first")
+        assert engine.runs == [["first"], ["a"]]
+
+    run(body())
+
+
+def test_a_lost_batch_runs_again_one_by_one_and_before_others(engine, run):
+    async def body():
+        scheduler = scheduler_of(engine)
+        scheduler.submit(picture("first"), "me", timeout_s=None)
+        tickets = [scheduler.submit(picture(identity), "me", timeout_s=None) for identity in ("a", "b", "c")]
+        engine.finish("first")
+        scheduler.submit(picture("d"), "me", timeout_s=None)
+        engine.lose()
+        assert engine.runs[1:] == [["a", "b", "c"], ["a"]]  # one of them may be what ended it
+        engine.lose()
+        assert (await tickets[0].events.get()).kind == "engine_down"
+        for identity in ("b", "c"):
+            engine.finish(identity)
+        assert engine.runs[3:] == [["b"], ["c"], ["d"]]
+
+    run(body())
+
+
+def test_a_late_result_of_a_lost_engine_is_not_delivered_twice(engine, run):
+    async def body():
+        scheduler = scheduler_of(engine)
+        ticket = scheduler.submit(picture("a"), "me", timeout_s=None)
+        engine.finish("a")
+        engine.finish("a")
+        engine.on_event(Failed("a", "internal", ""))
+        engine.on_event(Progress("unknown", 1, 2, 0.1))
+        assert ticket.events.qsize() == 1
+
+    run(body())
+
+
+def test_a_timeout_in_the_queue_frees_the_place_and_in_the_engine_cancels(engine, run):
+    async def body():
+        scheduler = scheduler_of(engine, max_queue=1)
+        running = scheduler.submit(picture("a"), "me", timeout_s=0.01)
+        waiting = scheduler.submit(picture("b"), "me", timeout_s=0.01)
+        with pytest.raises(ApiError) as caught:
+            scheduler.submit(picture("c"), "me", timeout_s=None)
+        assert caught.value.status == 429
+        await asyncio.sleep(0.05)
+        assert [(await ticket.events.get()).kind for ticket in (running, waiting)] == ["timeout", "timeout"]
+        assert scheduler.waiting == 0
+        assert Cancel("a") in engine.sent
+        scheduler.submit(picture("d"), "me", timeout_s=None)
+        assert engine.runs == [["a"]]  # the engine is free when it says so
+        engine.on_event(Failed("a", "cancelled", ""))
+        assert engine.runs == [["a"], ["d"]]
+
+    run(body())
+
+
+def test_chats_are_sent_one_by_one_as_long_as_the_model_takes_more(run):
+    async def body():
+        engine = Notebook(kinds=frozenset({"chat"}), max_active=2, max_batch=1)
+        scheduler = scheduler_of(engine)
+        for identity in ("a", "b", "c"):
+            scheduler.submit(picture(identity), "me", timeout_s=None)
+        assert engine.runs == [["a"], ["b"]]
+        engine.finish("b")
+        assert engine.runs == [["a"], ["b"], ["c"]]
+
+    run(body())
+
+
+def test_an_engine_that_never_came_up_fails_what_waits_and_refuses_more(engine, run):
+    async def body():
+        engine.state = "starting"
+        scheduler = scheduler_of(engine)
+        ticket = scheduler.submit(picture("a"), "me", timeout_s=None)
+        engine.state, engine.reason = "failed", "no weights"
+        engine.on_down("no weights")
+        assert (await ticket.events.get()).kind == "engine_down"
+        with pytest.raises(ApiError, match="no weights"):
+            scheduler.submit(picture("b"), "me", timeout_s=None)
+
+    run(body())

@@ -1,0 +1,59 @@
+"""``quantkit serve``: what it makes of its options; the server itself is tested with the runtime."""
+
+import sys
+
+import pytest
+
+from quantkit.cli.main import main
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run ``quantkit serve`` and return its exit code, what it printed as an error, and the settings it serves."""
+
+    def run_main(*arguments):
+        served = []
+        monkeypatch.setattr("quantkit_runtime.server.run.serve", served.append)
+        monkeypatch.setattr(sys, "argv", ["quantkit", "serve", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code or 0, " ".join(capsys.readouterr().err.split()), served
+
+    return run_main
+
+
+def test_the_demo_is_served_with_the_sampling_of_its_recipe(run):
+    code, _, [settings] = run(
+        "demo", "--device", "cpu", "--port", "0", "--max-batch", "2", "--limit", "max_steps=30"
+    )
+    assert code == 0
+    [(name, spec)] = settings.models.items()
+    assert (name, spec.max_batch, spec.cfg_parallel) == ("demo", 2, 1)
+    assert spec.path.endswith("pipeline")
+    assert (spec.defaults["height"], spec.defaults["width"], spec.defaults["true_cfg_scale"]) == (64, 64, 2.0)
+    assert (settings.host, settings.limits.max_steps) == ("127.0.0.1", 30)
+
+
+def test_a_default_on_the_command_line_is_stronger_than_the_recipes(run):
+    _, _, [settings] = run("demo", "--device", "cpu", "--default", "num_inference_steps=3")
+    assert settings.models["demo"].defaults["num_inference_steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/no/such/model"], "no such folder"),
+        (["demo", "--host", "0.0.0.0"], "give an API key"),
+        (["demo", "--limit", "speed=3"], "--limit speed=3: write NAME=VALUE with one of max_queue"),
+        (["demo", "--default", "steps"], "--default steps: write FIELD=VALUE"),
+        (["demo", "--dtype", "int4"], "--dtype int4: use bfloat16"),
+        (["demo", "--log-format", "xml"], "--log-format xml: use json or text"),
+        (["demo", "--api-key-file", "/no/such/file"], "--api-key-file /no/such/file: cannot be read"),
+        (["demo", "--cfg-parallel", "3"], "--cfg-parallel"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_served(run, arguments, words, monkeypatch):
+    monkeypatch.delenv("QUANTKIT_API_KEY", raising=False)
+    code, error, served = run(*arguments, "--device", "cpu")
+    assert (code, served) == (2, [])
+    assert words in error
