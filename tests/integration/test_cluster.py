@@ -123,6 +123,19 @@ def test_a_killed_replica_loses_no_request_and_comes_back(cluster):
 
 
 @pytest.mark.slow
+def test_progress_streams_through_the_cluster(cluster):
+    url, _ = cluster
+    body = json.dumps({"prompt": "x", "num_inference_steps": 3, "stream": True}).encode()
+    request = urllib.request.Request(f"{url}/v1/images/generations", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        arrivals = [(time.monotonic(), line) for line in answer if line.startswith(b"data: ")]
+    events = [json.loads(line[6:]) for _, line in arrivals]
+    assert [event.get("step") for event in events] == [1, 2, 3, None]
+    assert events[-1]["data"][0]["b64_json"]
+    assert arrivals[2][0] - arrivals[0][0] > 0.05  # as they happen, not all at the end
+
+
+@pytest.mark.slow
 def test_a_cluster_refuses_video_jobs(cluster):
     url, _ = cluster
     with pytest.raises(urllib.error.HTTPError) as refused:

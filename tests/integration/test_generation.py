@@ -105,6 +105,15 @@ def test_greedy_answers_are_those_of_generate_alone_and_beside_others(folders, n
     assert [_write(batch, [one])[0] for one in inputs[:2]] == expected[:2]
 
 
+def test_attention_that_adds_its_mask_writes_the_same_answers(folders):
+    folder = folders("packed-llama")
+    model, reader = load_model(folder, dtype=torch.float32), Reader(folder)
+    inputs = [reader.read(messages) for messages in _messages(folder)]
+    expected = [_generate(model, reader, one) for one in inputs]
+    model.set_attn_implementation("eager")
+    assert _write(Batch(model, reader.tokenizer, max_batch=4), inputs) == expected
+
+
 @pytest.fixture(scope="module")
 def omni(folders):
     folder = folders("qwen2.5-omni")

@@ -90,6 +90,7 @@ class Batch:
         self._reader = getattr(writer, writer.base_model_prefix)
         self._decoder = writer.get_decoder()
         self._head = writer.get_output_embeddings()
+        self._adds_masks = _adds_masks(self._decoder.config)
         self._ends = end_tokens(writer, tokenizer)
         self._waiting: deque[_Answer] = deque()
         self._running: list[_Answer] = []  # in the order of the cache's rows
@@ -178,6 +179,9 @@ class Batch:
         device = positions.device
         tokens = torch.tensor([[answer.token] for answer in answers], device=device)
         shifts = torch.tensor([[answer.position_shift] for answer in answers], device=device)
+        if self._adds_masks:
+            lowest = torch.finfo(self._head.weight.dtype).min
+            mask = torch.zeros_like(mask, dtype=self._head.weight.dtype).masked_fill(~mask, lowest)
         hidden_B1H = self._decoder(  # noqa: N806
             input_ids=tokens,
             attention_mask=mask,
@@ -221,6 +225,14 @@ def end_tokens(writer: Any, tokenizer: Any) -> frozenset[int]:
         found = tokenizer.eos_token_id
     several: Iterable[int] = found if isinstance(found, (list, tuple)) else [] if found is None else [found]
     return frozenset(several)
+
+
+def _adds_masks(config: Any) -> bool:
+    """Return whether attention adds its mask to the scores, where SDPA takes a mask of bool."""
+    kind = getattr(config, "_attn_implementation", "sdpa")
+    if kind not in ("sdpa", "eager"):
+        raise CheckpointFormatError(f"config.json: attention {kind!r} takes no masks of several answers; use sdpa")
+    return bool(kind == "eager")
 
 
 def _max_context(writer: Any) -> int:
