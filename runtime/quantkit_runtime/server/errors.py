@@ -96,12 +96,13 @@ def add_handlers(app: FastAPI) -> None:
 
 def _of_validation(error: RequestValidationError) -> ApiError:
     problems = error.errors()
-    first = problems[0]
+    # Of a field that may be several things every reading is told; the deepest went furthest before it failed.
+    first = max(problems, key=lambda problem: len(problem["loc"]))
     if first["type"] == "json_invalid":
         return bad_request(
             f"body: not valid JSON ({first.get('ctx', {}).get('error', first['msg'])})", code="invalid_json"
         )
-    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    path = _path(first["loc"])
     name = ".".join(path) or None
     if first["type"] == "extra_forbidden":
         return bad_request(f"{name}: unknown field", name, "unknown_parameter")
@@ -115,3 +116,13 @@ def _of_validation(error: RequestValidationError) -> ApiError:
         else ""
     )
     return bad_request(f"{name or 'body'}: {message}{shown}", name)
+
+
+def _path(parts: tuple[int | str, ...]) -> list[str]:
+    """Return where in a body something is, without pydantic's own names for readings of a field."""
+    path: list[str] = []
+    for part in map(str, parts[1:]):  # the first is "body", "query" ...
+        if part == "str" or "[" in part or (path and path[-1] == part):
+            continue
+        path.append(part)
+    return path

@@ -180,7 +180,11 @@ class EngineGroup:
         self._ready_ranks = 0
         self.phases = {}
         self.mark_progress()
-        self._ranks = await asyncio.to_thread(_start_ranks, self.spec, self._log_format)
+        try:
+            self._ranks = await asyncio.to_thread(_start_ranks, self.spec, self._log_format)
+        except OSError as error:
+            self._lose(f"cannot be started: {error}")
+            return
         loop = asyncio.get_running_loop()
         for number, rank in enumerate(self._ranks):
             arguments = (loop, self._generation, number, rank)
@@ -199,6 +203,7 @@ class EngineGroup:
             except RuntimeError:  # the loop is closed
                 return
             if message is None:
+                rank.connection.close()
                 return
 
     def _on_message(self, generation: int, number: int, message: Any) -> None:

@@ -152,6 +152,16 @@ def test_a_mistake_is_told_in_openais_shape(client, body, status, code):
     assert set(done.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_a_mistake_deep_in_a_message_is_named_by_its_place(client):
+    for content, param in (
+        ([{"type": "image_url", "image_url": "x"}], "messages.0.content.0.image_url"),
+        ([{"type": "text"}], "messages.0.content.0.text"),
+        (None, "messages.0.content"),
+    ):
+        done = client.post(PATH, json={"messages": [{"role": "user", "content": content}]})
+        assert (done.status_code, done.json()["error"]["param"]) == (400, param)
+
+
 def test_many_pictures_share_one_limit(client):
     half = image_part(data_url("image/png", picture((512, 300))))["messages"][0]["content"]
     done = client.post(PATH, json={"messages": [{"role": "user", "content": half * 2}]})

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -174,3 +176,41 @@ def test_an_idle_server_and_its_engine_use_no_processor(client):
     before = used()
     time.sleep(1.5)
     assert used() - before < 0.1
+
+
+SERVER = """
+import pathlib, sys, time, serving
+from quantkit_runtime.server.settings import Settings
+with serving.running(Settings({"images": serving.spec("images")}, port=0)) as server:
+    print(*server.engine.pids, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_an_engine_ends_with_a_server_that_is_killed():
+    environment = os.environ | {"PYTHONPATH": str(Path(serving.__file__).parent)}
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    ) as server:
+        engine = Path("/proc", server.stdout.readline().strip())
+        assert engine.exists()
+        server.kill()
+    serving.until(lambda: not engine.exists() or "Z" in (engine / "stat").read_text().rpartition(")")[2][:3], 10)
+
+
+def test_restarts_leave_no_files_and_threads_behind(client):
+    def held():
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+    counts = []
+    for _ in range(4):
+        os.kill(client.server.engine.pids[0], signal.SIGKILL)
+        serving.until(lambda: not client.server.engine.is_ready)
+        serving.until(lambda: client.server.engine.is_ready)
+        assert client.post(PATH, json=ONE).status_code == 200
+        counts.append(held())
+    assert counts[-1] <= counts[0]

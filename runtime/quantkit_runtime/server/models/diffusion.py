@@ -39,10 +39,7 @@ def load(spec: ModelSpec) -> DiffusionModel:
     import torch
 
     from quantkit_runtime.load import load_pipeline
-    from quantkit_runtime.optional import import_optional
 
-    import_optional("diffusers.utils.logging").disable_progress_bar()
-    import_optional("transformers.utils.logging").disable_progress_bar()
     device: Any = spec.device
     if spec.ranks > 1:
         from quantkit_runtime.parallel.launch import device_of_rank
@@ -114,7 +111,7 @@ class DiffusionModel(BatchModel):
             return [Frames(self._draw(first, arguments, [first.seed], on_step, (0, 1))[0])]
         pictures = [request for request in requests if isinstance(request, ImageRequest)]
         items = [(request, seed) for request in pictures for seed in request.seeds]
-        size = self.info.max_batch
+        size = self.info.max_batch if pictures[0].image is None else 1
         chunks = [items[start : start + size] for start in range(0, len(items), size)]
         drawn: list[np.ndarray] = []
         for index, chunk in enumerate(chunks):
@@ -147,7 +144,9 @@ class DiffusionModel(BatchModel):
         if request.image is not None:
             from PIL import Image
 
-            arguments["image"] = Image.fromarray(request.image)
+            picture = Image.fromarray(request.image)
+            # GLM-Image takes nothing but a list, which other editing pipelines take as well.
+            arguments["image"] = [picture] if isinstance(request, ImageRequest) else picture
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         try:
             with torch.inference_mode():
@@ -185,7 +184,8 @@ class DiffusionModel(BatchModel):
         if is_video:
             defaults["fps"] = 16
         kinds: set[Kind] = {"video" if is_video else "image"}
-        needs_image = takes_image and takes["image"].default is inspect.Parameter.empty
+        # With a strength, noise is added to a picture; some of these pipelines have None as its default even so.
+        needs_image = takes_image and (takes["image"].default is inspect.Parameter.empty or "strength" in takes)
         return ModelInfo(
             kinds=frozenset(kinds),
             parameters=frozenset(takes) & {*OPTIONS, "negative_prompt", "num_frames", "image"},
@@ -193,7 +193,8 @@ class DiffusionModel(BatchModel):
             inputs=frozenset({"image"} if takes_image else ()),
             needs_image=needs_image,
             size_multiple=_size_multiple(pipeline, factor),
-            max_batch=1 if is_video else _MAX_BATCH,
+            # GLM-Image draws the tokens before the denoising of a whole batch from the first generator.
+            max_batch=1 if is_video or "prior_token_ids" in takes else _MAX_BATCH,
             description=type(pipeline).__name__,
         )
 
