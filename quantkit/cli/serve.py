@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,7 +13,10 @@ from quantkit.errors import MissingExtraError, UnsupportedModelError
 _SERVER = "Server"
 _HOW = "How to run"
 _LIMITS = "Limits"
+_GROWING = "Growing"
 _DEMO_RECIPE = "demo-flux"
+_DRAIN_S = 30.0
+_MAX_BATCH = 4
 _SAMPLING = (
     "height",
     "width",
@@ -31,6 +34,10 @@ def command(
     model: Annotated[str, typer.Argument(help="Model, quantized or not: path, hub id or 'demo'.")],
     served_model_name: Annotated[
         str | None, typer.Option("--served-model-name", help="Name in requests; default: the model as given.")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", help="A second model, which the page at / shows beside the first."),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -65,7 +72,7 @@ def command(
     drain: Annotated[
         float,
         typer.Option("--drain", help="Seconds for running requests after SIGTERM.", rich_help_panel=_SERVER),
-    ] = 30.0,
+    ] = _DRAIN_S,
     log_format: Annotated[
         str, typer.Option("--log-format", help="text or json.", rich_help_panel=_SERVER)
     ] = "text",
@@ -89,9 +96,15 @@ def command(
         int,
         typer.Option("--tensor-parallel", min=1, help="Ranks that share the weights.", rich_help_panel=_HOW),
     ] = 1,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Greedy chats do not depend on the load, but are slower.", rich_help_panel=_HOW
+        ),
+    ] = False,
     max_batch: Annotated[
         int, typer.Option("--max-batch", min=1, help="Pictures that run together.", rich_help_panel=_HOW)
-    ] = 4,
+    ] = _MAX_BATCH,
     warm_up: Annotated[
         bool,
         typer.Option("--warm-up/--no-warm-up", help="Run a small request before the first.", rich_help_panel=_HOW),
@@ -105,36 +118,94 @@ def command(
             rich_help_panel=_LIMITS,
         ),
     ] = None,
+    engine: Annotated[
+        Literal["local", "ray", "vllm-omni"],
+        typer.Option("--engine", help="What runs the models.", rich_help_panel=_GROWING),
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option("--ray-address", help="Of a Ray cluster; default: one here.", rich_help_panel=_GROWING),
+    ] = None,
+    min_replicas: Annotated[
+        int, typer.Option("--min-replicas", min=1, help="With ray.", rich_help_panel=_GROWING)
+    ] = 1,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option("--max-replicas", help="With ray; default: --min-replicas.", rich_help_panel=_GROWING),
+    ] = None,
+    target_requests: Annotated[
+        float,
+        typer.Option("--target-requests", help="Per replica, with ray.", rich_help_panel=_GROWING),
+    ] = 2.0,
 ) -> None:
     """Serve a model through an OpenAI-compatible API, until SIGTERM or Ctrl-C.
 
     Whether it is quantized is read from the model itself. ``python -m quantkit_runtime.server`` is the same server
     with the runtime alone.
     """
-    from quantkit_runtime.server.options import make_settings, parse_defaults, parse_limits
+    from quantkit_runtime.server.options import make_cluster, make_settings, parse_defaults, parse_limits
     from quantkit_runtime.server.settings import read_api_keys
 
     folder = resolve_model(model)
+    name = served_model_name or model
+    defaults = _sampling(folder, _DEMO_RECIPE if model == "demo" and recipe is None else recipe)
+    defaults |= parse_defaults(default or [])
+    api_keys = read_api_keys(api_key_file)
+    if engine == "vllm-omni":
+        from quantkit.cli.vllm_omni import start
+        from quantkit.serving.vllm_omni import Wanted
+
+        others = {
+            "--reference": reference,
+            "--compute": compute if compute != "auto" else None,
+            "--backend": backend if backend != "auto" else None,
+            "--device": device if device != "auto" else None,
+            "--exact": exact or None,
+            "--max-batch": max_batch if max_batch != _MAX_BATCH else None,
+            "--no-warm-up": None if warm_up else True,
+            "--state-dir": state_dir,
+            "--drain": drain if drain != _DRAIN_S else None,
+            "--log-format": log_format if log_format != "text" else None,
+            "--limit": " --limit ".join(limit) if limit else None,
+        }
+        wanted = Wanted(
+            folder,
+            name,
+            host,
+            port,
+            dtype=dtype,
+            api_keys=api_keys,
+            cfg_parallel=cfg_parallel,
+            sampling=defaults,
+            others={option: value for option, value in others.items() if value is not None},
+            fetches_remote_media=allow_remote_media,
+        )
+        start(wanted)
+    models = [(name, str(folder))]
+    if reference is not None:
+        models.append((reference, str(resolve_model(reference))))
     settings = make_settings(
-        [(served_model_name or model, str(folder))],
+        models,
+        reference=reference,
         device=device,
         dtype=dtype,
         compute=compute,
         backend=backend,
         cfg_parallel=cfg_parallel,
         tensor_parallel=tensor_parallel,
+        exact=exact,
         max_batch=max_batch,
         warm_up=warm_up,
-        defaults=_sampling(folder, _DEMO_RECIPE if model == "demo" and recipe is None else recipe)
-        | parse_defaults(default or []),
+        defaults=defaults,
         limits=parse_limits(limit or []),
         host=host,
         port=port,
-        api_keys=read_api_keys(api_key_file),
+        api_keys=api_keys,
         allow_remote_media=allow_remote_media,
         state_dir=state_dir,
         drain_s=drain,
         log_format=log_format,
+        cluster=make_cluster(ray_address, min_replicas, max_replicas, target_requests) if engine == "ray" else None,
     )
     try:
         from quantkit_runtime.server.run import serve

@@ -178,7 +178,7 @@ def test_flags_win_over_the_recipe(quantkit, recipe, slight, tmp_path):
     )  # fmt: skip
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert code == 0
-    assert result["prompts"] == [{"text": "a circle", "image": None}]
+    assert result["prompts"] == [{"text": "a circle", "image": None, "audio": None}]
     assert (result["seeds"], len(result["timesteps"])) == ([8], 3)
 
 

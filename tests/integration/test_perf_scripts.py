@@ -60,10 +60,10 @@ def test_packed_experts_are_compared_with_the_fastest_of_transformers_own(run):
     (packed,) = (row for row in experts if row["variant"] == "w4a16")
     assert packed["speedup"] == min(row["median_ms"] for row in own) / packed["median_ms"]
     assert all(1e-4 < row["error"] < 2e-2 for row in [*own, packed])
-    assert packed["memory_ratio"] < 0.3
+    assert packed["memory_ratio"] < 0.6  # the CPU keeps a second copy of the codes, for its operator
     decoder = [row for row in result["rows"] if row["what"] == "decoder"]
     assert {row["variant"] for row in decoder if "tokens_per_s" in row} == {"bf16", "w4a16"}
-    assert "w4a16 reference" in " ".join(plot.itertext())
+    assert "w4a16 cpu" in " ".join(plot.itertext())
 
 
 def test_no_row_begins_when_the_time_is_spent_and_the_file_says_so(run, monkeypatch):

@@ -17,7 +17,7 @@ from quantkit_runtime.server.jobs import Jobs
 from quantkit_runtime.server.metrics import Metrics
 from quantkit_runtime.server.middleware import Guard
 from quantkit_runtime.server.protocol import ModelSpec
-from quantkit_runtime.server.routes import chat, images, service, speech, videos
+from quantkit_runtime.server.routes import chat, images, page, service, speech, videos
 from quantkit_runtime.server.routes.common import Context
 from quantkit_runtime.server.scheduler import Scheduler
 from quantkit_runtime.server.settings import Settings
@@ -48,7 +48,7 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
     )
     app.state.context = context
     add_handlers(app)
-    for part in (images, videos, chat, speech, service):
+    for part in (images, videos, chat, speech, service, page):
         app.include_router(part.router)
     app.add_middleware(Guard, settings=settings)
     app.openapi_schema = _describe(app, needs_key=bool(settings.api_keys))

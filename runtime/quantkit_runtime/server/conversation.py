@@ -60,6 +60,8 @@ def chat_request(body: ChatBody, deployment: Deployment, settings: Settings, req
         top_p=body.top_p,
         top_k=body.top_k,
         repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         seed=body.seed if body.seed is not None else secrets.randbits(31),
         modalities=tuple(dict.fromkeys(body.modalities)),

@@ -235,6 +235,8 @@ class Engine:
             self._streaming.clear()
             return
         for event in events:
+            if isinstance(event, Finished):
+                event = dataclasses.replace(event, peak_memory_bytes=_peak_memory_bytes())  # noqa: PLW2901
             self._send(event)
             if isinstance(event, (Finished, Failed)):
                 self._streaming.pop(event.id, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit_runtime.server.protocol import ModelSpec
-from quantkit_runtime.server.settings import Limits, Settings, SettingsError, read_api_keys
+from quantkit_runtime.server.settings import Cluster, Limits, Settings, SettingsError, read_api_keys
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -25,6 +25,7 @@ def parse(arguments: list[str]) -> Settings:
     )
     parser.add_argument("model", help="folder or hub id of a pipeline or model, quantized or not")
     parser.add_argument("--served-model-name", help="name in requests; default: the model as given")
+    parser.add_argument("--reference", help="a second model, which the page at / shows beside the first")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8091, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--api-key-file", type=Path, help="file with one key per line")
@@ -35,6 +36,9 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--cfg-parallel", type=int, default=1, choices=[1, 2], help="ranks for guidance")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share the weights")
     parser.add_argument(
+        "--exact", action="store_true", help="greedy chats do not depend on the load, but are slower"
+    )
+    parser.add_argument(
         "--max-batch", type=int, default=4, help="pictures that run together (default: %(default)s)"
     )
     parser.add_argument("--default", action="append", default=[], metavar="FIELD=VALUE", help="of a request field")
@@ -44,9 +48,18 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--log-format", default="json", choices=["json", "text"])
     parser.add_argument("--no-warm-up", action="store_true", help="do not run a small request first")
     parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE", help=_limits_help())
+    parser.add_argument("--engine", default="local", choices=["local", "ray"], help="where the models run")
+    parser.add_argument("--ray-address", help="of a Ray cluster; default: one on this machine")
+    parser.add_argument("--min-replicas", type=int, default=1, help="with --engine ray")
+    parser.add_argument("--max-replicas", type=int, help="with --engine ray; default: --min-replicas")
+    parser.add_argument("--target-requests", type=float, default=2.0, help="per replica, with --engine ray")
     given = parser.parse_args(arguments)
+    models = [(given.served_model_name or given.model, given.model)]
+    if given.reference is not None:
+        models.append((given.reference, given.reference))
     return make_settings(
-        [(given.served_model_name or given.model, given.model)],
+        models,
+        reference=given.reference,
         limits=parse_limits(given.limit),
         defaults=parse_defaults(given.default),
         device=given.device,
@@ -55,6 +68,7 @@ def parse(arguments: list[str]) -> Settings:
         backend=given.backend,
         cfg_parallel=given.cfg_parallel,
         tensor_parallel=given.tensor_parallel,
+        exact=given.exact,
         max_batch=given.max_batch,
         warm_up=not given.no_warm_up,
         host=given.host,
@@ -64,6 +78,9 @@ def parse(arguments: list[str]) -> Settings:
         state_dir=given.state_dir,
         drain_s=given.drain,
         log_format=given.log_format,
+        cluster=make_cluster(given.ray_address, given.min_replicas, given.max_replicas, given.target_requests)
+        if given.engine == "ray"
+        else None,
     )
 
 
@@ -76,6 +93,7 @@ def make_settings(
     backend: str,
     cfg_parallel: int,
     tensor_parallel: int,
+    exact: bool,
     max_batch: int,
     warm_up: bool,
     defaults: dict[str, Any],
@@ -92,6 +110,7 @@ def make_settings(
         backend: As `ModelSpec` has it.
         cfg_parallel: As `ModelSpec` has it.
         tensor_parallel: As `ModelSpec` has it.
+        exact: As `ModelSpec` has it.
         max_batch: As `ModelSpec` has it.
         warm_up: As `ModelSpec` has it.
         defaults: Of request fields.
@@ -99,7 +118,7 @@ def make_settings(
         server: The rest of `Settings`.
 
     Raises:
-        SettingsError: An option cannot be used.
+        SettingsError: An option cannot be used, or two models have one name.
     """
     if dtype not in _DTYPES:
         raise SettingsError(f"--dtype {dtype}: use {', '.join(_DTYPES)}")
@@ -108,6 +127,10 @@ def make_settings(
             raise SettingsError(f"{flag} {value}: must be at least 1")
     if log_format not in ("json", "text"):
         raise SettingsError(f"--log-format {log_format}: use json or text")
+    if len({name for name, _ in models}) < len(models):
+        raise SettingsError(
+            f"--reference {models[-1][0]}: is served already; rename the first by --served-model-name"
+        )
     specs = {
         name: ModelSpec(
             path=path,
@@ -117,6 +140,7 @@ def make_settings(
             backend=backend,
             cfg_parallel=cfg_parallel,
             tensor_parallel=tensor_parallel,
+            exact=exact,
             max_batch=max_batch,
             warm_up=warm_up,
             defaults=defaults,
@@ -124,6 +148,18 @@ def make_settings(
         for name, path in models
     }
     return Settings(models=specs, log_format=log_format, **server)
+
+
+def make_cluster(
+    address: str | None, min_replicas: int, max_replicas: int | None, target_requests: float
+) -> Cluster:
+    """Return a cluster as options give it; without a greatest number of replicas, there are always the least.
+
+    Raises:
+        SettingsError: The numbers contradict each other.
+    """
+    most = min_replicas if max_replicas is None else max_replicas
+    return Cluster(address, min_replicas, most, target_requests)
 
 
 def parse_defaults(texts: list[str]) -> dict[str, Any]:

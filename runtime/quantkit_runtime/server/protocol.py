@@ -28,6 +28,7 @@ class ModelSpec:
         tensor_parallel: Ranks that share each layer.
         max_batch: Pictures that run together, where the model allows as many.
         loader: ``module:function`` that makes the model of this spec.
+        exact: Chats do not depend on what is written beside them, not even in rounding; see `generation.Batch`.
         warm_up: Run something small before the model counts as ready.
         defaults: Values of request fields, before the model's own.
     """
@@ -41,6 +42,7 @@ class ModelSpec:
     tensor_parallel: int = 1
     max_batch: int = 4
     loader: str = "quantkit_runtime.server.models.loader:load"
+    exact: bool = False
     warm_up: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)
 
@@ -175,6 +177,8 @@ class ChatRequest:
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     stop: tuple[str, ...] = ()
     seed: int = 0
     modalities: tuple[str, ...] = ("text",)

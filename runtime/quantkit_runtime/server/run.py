@@ -28,6 +28,11 @@ def serve(settings: Settings) -> None:
         EngineStartError: A model cannot be loaded.
         MissingDependencyError: The environment asks for traces, which need another extra.
     """
+    if settings.cluster is not None:
+        from quantkit_runtime.server.cluster import serve_on_cluster
+
+        serve_on_cluster(settings)
+        return
     set_up_logging(settings.log_format)
     # uvicorn ends by raising the signal again that it was stopped by; having drained is no failure.
     signal.signal(signal.SIGTERM, lambda _number, _frame: None)

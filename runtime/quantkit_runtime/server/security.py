@@ -12,8 +12,8 @@ from starlette.datastructures import Headers
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.settings import is_loopback
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-"""Probes need no key."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/", "/page.js", "/page.css"})
+"""Probes need no key; nor does the page, which asks for one."""
 
 
 class KeyRing:

@@ -56,11 +56,43 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Cluster:
+    """How many copies of the app run on a Ray cluster.
+
+    Attributes:
+        address: Of a running cluster, ``auto`` for the one of this machine; None starts one here.
+        min_replicas: Copies at least.
+        max_replicas: Copies at most; more than the least follow the load.
+        target_requests: Running and waiting per copy, beyond which another one is started.
+        max_requests: That one copy holds at once; more wait in Ray's queue.
+        cpus_per_replica: CPU cores that a copy asks for.
+        upscale_delay_s: Time that the load must last before a copy is started.
+        downscale_delay_s: Time that it must be gone before one is ended.
+    """
+
+    address: str | None = None
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_requests: float = 2.0
+    max_requests: int = 16
+    cpus_per_replica: float = 1.0
+    upscale_delay_s: float = 10.0
+    downscale_delay_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise SettingsError(
+                f"--max-replicas {self.max_replicas}: must be at least --min-replicas, which is at least 1"
+            )
+
+
+@dataclass(frozen=True)
 class Settings:
     """A server.
 
     Attributes:
         models: By the name that requests use; the first is the default.
+        reference: Name of the model that the page holds the others against.
         host: Address to bind.
         port: Port to bind; 0 takes a free one.
         api_keys: Any of them opens the API; none is allowed on loopback only.
@@ -70,9 +102,11 @@ class Settings:
         patience: When an engine counts as hung.
         drain_s: Time that running requests get after SIGTERM.
         log_format: ``json`` or ``text``.
+        cluster: Where to serve; None is this process.
     """
 
     models: dict[str, ModelSpec]
+    reference: str | None = None
     host: str = "127.0.0.1"
     port: int = 8091
     api_keys: tuple[str, ...] = ()
@@ -82,6 +116,7 @@ class Settings:
     patience: Patience = field(default_factory=Patience)
     drain_s: float = 30.0
     log_format: str = "json"
+    cluster: Cluster | None = None
 
     def __post_init__(self) -> None:
         if not self.models:

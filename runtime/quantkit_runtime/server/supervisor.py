@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from quantkit_runtime.errors import QuantkitRuntimeError
 from quantkit_runtime.server.protocol import (
+    Delta,
     Finished,
     ModelInfo,
     ModelSpec,
@@ -221,7 +222,7 @@ class EngineGroup:
         elif isinstance(message, StartFailed):
             self._on_start_failed(message)
         else:
-            if isinstance(message, (Progress, Finished)):
+            if isinstance(message, (Progress, Delta, Finished)):
                 self.mark_progress()
             if isinstance(message, Finished):
                 self._failures = 0

@@ -1,0 +1,1 @@
+"""Serving with engines other than quantkit's own runtime."""

@@ -1,0 +1,1 @@
+"""Writing text with a language model: several answers at once, token by token."""

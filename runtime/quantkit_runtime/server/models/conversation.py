@@ -1,0 +1,117 @@
+"""From the messages of a request to a model's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quantkit_runtime.errors import CheckpointFormatError
+from quantkit_runtime.optional import import_optional
+from quantkit_runtime.server.models.base import RequestRefusedError
+from quantkit_runtime.server.protocol import AudioPart, ImagePart, Message, TextPart
+
+
+class Reader:
+    """Turns conversations into inputs with the processor or tokenizer of a model.
+
+    Args:
+        folder: Of the model.
+
+    Attributes:
+        tokenizer: Turns tokens into text.
+        inputs: Media that it reads beside text: ``image``, ``audio``.
+        audio_rate: Samples per second that it takes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        transformers = import_optional("transformers")
+        is_multimodal = (folder / "preprocessor_config.json").is_file() or (
+            folder / "processor_config.json"
+        ).is_file()
+        auto = transformers.AutoProcessor if is_multimodal else transformers.AutoTokenizer
+        try:
+            self._processor: Any = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointFormatError(f"{folder}: holds no tokenizer that can be loaded: {reason}") from error
+        self.tokenizer: Any = getattr(self._processor, "tokenizer", self._processor)
+        self._listener: Any = getattr(self._processor, "feature_extractor", None)
+        looker: Any = getattr(self._processor, "image_processor", None)
+        self.inputs = frozenset(
+            name for name, part in (("image", looker), ("audio", self._listener)) if part is not None
+        )
+        self.audio_rate = int(self._listener.sampling_rate) if self._listener is not None else 0
+
+    def read(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """Return the inputs of a conversation that the model is to go on with, a batch of one on the CPU.
+
+        Raises:
+            RequestRefusedError: It holds what this model cannot read, or its template refuses it.
+        """
+        parts = [part for message in messages for part in message.parts]
+        images = [self._image(part) for part in parts if isinstance(part, ImagePart)]
+        audio = [self._audio(part) for part in parts if isinstance(part, AudioPart)]
+        text = self._prompt(messages)
+        try:
+            if self._processor is self.tokenizer:
+                # The template has written the tokens that begin a text, if there are any.
+                read = self.tokenizer(text, return_tensors="pt", add_special_tokens=self._has_no_template)
+            else:
+                read = self._processor(text=text, images=images or None, audio=audio or None, return_tensors="pt")
+        except ValueError as error:  # e.g. a picture that is 1 pixel high
+            raise RequestRefusedError(f"messages: {error}", "messages") from error
+        return {name: value for name, value in read.items() if name != "token_type_ids"}
+
+    @property
+    def _has_no_template(self) -> bool:
+        return getattr(self._processor, "chat_template", None) is None
+
+    def _prompt(self, messages: Sequence[Message]) -> str:
+        if self._has_no_template:
+            return "\n".join(part.text for one in messages for part in one.parts if isinstance(part, TextPart))
+        as_parts = self._processor is not self.tokenizer
+        conversation = [
+            {"role": one.role, "content": [_named(part) for part in one.parts] if as_parts else _text(one)}
+            for one in messages
+        ]
+        try:
+            prompt: str = self._processor.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True
+            )
+        except import_optional("jinja2").TemplateError as error:
+            raise RequestRefusedError(
+                f"messages: the model's chat template refuses them: {error}", "messages"
+            ) from error
+        return prompt
+
+    def _image(self, part: ImagePart) -> Any:
+        if "image" not in self.inputs:
+            raise RequestRefusedError("messages: this model cannot see pictures", "messages")
+        return import_optional("PIL.Image").fromarray(part.pixels)
+
+    def _audio(self, part: AudioPart) -> Any:
+        if "audio" not in self.inputs:
+            raise RequestRefusedError("messages: this model cannot hear", "messages")
+        if part.rate != self.audio_rate:
+            raise RequestRefusedError(
+                f"messages: sound has {part.rate} samples a second; this model takes {self.audio_rate}", "messages"
+            )
+        most = int(self._listener.n_samples)  # what is beyond would be cut off without a word
+        if part.samples.size > most:
+            raise RequestRefusedError(
+                f"messages: sound of {part.samples.size / part.rate:.1f} s; this model hears at most "
+                f"{most / part.rate:g} s",
+                "messages",
+            )
+        return part.samples
+
+
+def _named(part: TextPart | ImagePart | AudioPart) -> dict[str, str]:
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    return {"type": "image", "image": ""} if isinstance(part, ImagePart) else {"type": "audio", "audio": ""}
+
+
+def _text(message: Message) -> str:
+    return "\n".join(part.text for part in message.parts if isinstance(part, TextPart))
