@@ -35,11 +35,18 @@ _PACKAGES = (
 
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Measure up to how many rows the fused kernels pay on this card, and keep it."),
+    ] = False,
 ) -> None:
     """Show devices, packages and the kernels used here, and test them for some seconds; exit code 1 on a FAIL."""
     from quantkit_runtime.diagnosis import choose_backends, list_devices, look_up_package
 
     devices = list_devices()
+    if tune:
+        _tune(_one_of_a_kind(devices))
+        return
     tested = _one_of_a_kind(devices)
     packages = [look_up_package(name, module=module) for name, module, _, _ in _PACKAGES]
     choices = choose_backends(tested)
@@ -58,6 +65,33 @@ def command(
 def _one_of_a_kind(devices: list[Device]) -> list[str]:
     """Return the first device of each hardware; others of it would only repeat what it says."""
     return list({device.hardware: device.name for device in reversed(devices)}.values())[::-1]
+
+
+def _tune(devices: list[str]) -> None:
+    """Measure the border between both ways of multiplying on every accelerator, and keep it for this user."""
+    import torch
+
+    from quantkit_runtime.config import Scheme
+    from quantkit_runtime.errors import BackendUnavailableError
+    from quantkit_runtime.kernels import LinearSpec, why_not
+    from quantkit_runtime.kernels.crossover import fused_rows, measure, save
+
+    reasons = {}
+    for name in devices:
+        device = torch.device(name)
+        reasons[name] = why_not("linear", "triton", LinearSpec(128, 128, Scheme(), device, torch.bfloat16))
+        if reasons[name] is not None:
+            continue
+        before = fused_rows(device)
+        table = new_table("", "rows", "fused, ms", "unpacked, ms")
+        rows = measure(device, on_progress=lambda *now: table.add_row(*(f"{value:g}" for value in now)))  # noqa: B023
+        path = save(device, rows)
+        output.print(table)
+        output.print(f"{name}: fused up to {rows} rows, {before} before; kept in {path}")
+    if all(reasons.values()):
+        raise BackendUnavailableError(
+            f"--tune: no device here runs the Triton kernels ({'; '.join(f'{k}: {v}' for k, v in reasons.items())})"
+        )
 
 
 def _run_checks(devices: list[str]) -> list[Check]:

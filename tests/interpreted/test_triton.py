@@ -220,3 +220,25 @@ def test_every_slot_is_routed_to_its_expert_and_no_block_holds_two_experts():
             assert {int(index.view(-1)[slot]) for slot in held} == {int(expert[block])}
             seen += held
     assert sorted(seen) == torch.where(index.view(-1) < 8)[0].tolist()
+
+
+def test_the_border_is_the_last_number_of_rows_at_which_the_fused_kernel_is_no_slower(monkeypatch):
+    from quantkit_runtime.kernels import crossover
+
+    times = iter([1.0, 2.0, 2.0, 2.0, 4.0, 3.0])  # fused, unpacked; of 2, 4 and 8 rows
+    seen = []
+
+    def time_ms(run, _device):
+        run()
+        return next(times)
+
+    monkeypatch.setattr(crossover, "_time_ms", time_ms)
+    found = crossover.measure(
+        torch.device("cpu"),
+        shapes=[(128, 64)],
+        rows=[2, 4, 8, 16],
+        dtype=DTYPE,
+        on_progress=lambda *now: seen.append(now),
+    )
+    assert found == 4
+    assert seen == [(2, 1.0, 2.0), (4, 2.0, 2.0), (8, 4.0, 3.0)]

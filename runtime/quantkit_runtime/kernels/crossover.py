@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from functools import lru_cache
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -17,6 +20,11 @@ FUSED_ROWS = {
     "NVIDIA H100 80GB HBM3": 128,
 }
 DEFAULT_FUSED_ROWS = 128
+
+_SHAPES = ((3072, 3072), (3072, 12288), (5120, 13824))
+_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+_GROUP = 128
+_ROUNDS = 30
 
 
 def fused_rows(device: torch.device) -> int:
@@ -36,6 +44,66 @@ def cache_file() -> Path:
     """Return the file of this user's measurements."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root, "quantkit", "crossover.json")
+
+
+def measure(
+    device: torch.device,
+    *,
+    shapes: Sequence[tuple[int, int]] = _SHAPES,
+    rows: Sequence[int] = _ROWS,
+    dtype: torch.dtype = torch.bfloat16,
+    on_progress: Callable[[int, float, float], None] = lambda _rows, _fused_ms, _unpacked_ms: None,
+) -> int:
+    """Find the border on a device: the largest number of rows up to which the fused kernel is no slower.
+
+    Takes seconds, most of them to compile the kernels.
+
+    Args:
+        device: An accelerator that the Triton kernels run on.
+        shapes: K and N of the layers, whose times are added up.
+        rows: Numbers of rows to try, ascending.
+        dtype: Of the activations.
+        on_progress: Called for each with the milliseconds of both ways.
+
+    Returns:
+        The border; 0 if the fused kernel is slower for the fewest rows already.
+    """
+    from quantkit_runtime.kernels import ops
+    from quantkit_runtime.kernels.tiles import SLICE, TILE
+
+    layers = []
+    for in_features, out_features in shapes:
+        tiles = torch.randint(-(2**31), 2**31 - 1, (in_features // TILE, out_features, SLICE), dtype=torch.int32)
+        scales = torch.rand(in_features // _GROUP, out_features).to(torch.float16)
+        layers.append((tiles.to(device), scales.to(device), ops.counters_for(out_features, device)))
+    border = 0
+    for count in rows:
+        inputs = [torch.randn(count, in_features).to(device, dtype) for in_features, _ in shapes]
+
+        def run(fused_rows: int, inputs: list[torch.Tensor] = inputs) -> None:
+            for x, (tiles, scales, counters) in zip(inputs, layers, strict=True):
+                ops.linear(x, tiles, scales, None, None, counters, _GROUP, fused_rows)
+
+        fused_ms, unpacked_ms = (_time_ms(partial(run, limit), device) for limit in (count, 0))
+        on_progress(count, fused_ms, unpacked_ms)
+        if fused_ms > unpacked_ms:
+            break
+        border = count
+    return border
+
+
+def _time_ms(run: Callable[[], None], device: torch.device) -> float:
+    """Return the median time of a call, the device's work included."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        run()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return (time.perf_counter() - began) * 1e3
+
+    once()
+    return statistics.median(once() for _ in range(_ROUNDS if device.type != "cpu" else 1))
 
 
 def save(device: torch.device, rows: int) -> Path:
