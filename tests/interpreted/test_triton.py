@@ -187,7 +187,7 @@ def make_experts(scheme, activation=functional.silu):
         (Scheme(4, 32, False), functional.gelu),
         (Scheme(4, -1, True), functional.silu),
     ],
-    ids=str,
+    ids=["groups of 64, silu", "asymmetric, gelu", "one group, silu"],
 )
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_experts_give_what_the_reference_gives(scheme, activation, tokens):
