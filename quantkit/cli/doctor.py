@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,8 @@ from quantkit.cli.console import gigabytes, new_table, output
 from quantkit.cli.progress import Bar
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from quantkit_runtime.diagnosis import Choice, Device, Package
     from quantkit_runtime.selftest import Check
 
@@ -45,6 +48,8 @@ def command(
 
     devices = list_devices()
     if tune:
+        if as_json:
+            raise typer.BadParameter("prints no JSON; leave --json out", param_hint="--tune")
         _tune(_one_of_a_kind(devices))
         return
     tested = _one_of_a_kind(devices)
@@ -84,7 +89,7 @@ def _tune(devices: list[str]) -> None:
             continue
         before = fused_rows(device)
         table = new_table("", "rows", "fused, ms", "unpacked, ms")
-        rows = measure(device, on_progress=lambda *now: table.add_row(*(f"{value:g}" for value in now)))  # noqa: B023
+        rows = measure(device, on_progress=partial(_add_row, table))
         path = save(device, rows)
         output.print(table)
         output.print(f"{name}: fused up to {rows} rows, {before} before; kept in {path}")
@@ -92,6 +97,10 @@ def _tune(devices: list[str]) -> None:
         raise BackendUnavailableError(
             f"--tune: no device here runs the Triton kernels ({'; '.join(f'{k}: {v}' for k, v in reasons.items())})"
         )
+
+
+def _add_row(table: Table, *values: float) -> None:
+    table.add_row(*(f"{value:g}" for value in values))
 
 
 def _run_checks(devices: list[str]) -> list[Check]:

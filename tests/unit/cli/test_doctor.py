@@ -1,6 +1,9 @@
 """``quantkit doctor``: its tables, its JSON, its exit code."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -60,3 +63,17 @@ def test_checks_that_did_not_run_are_counted_and_refused_ones_left_out(checks):
     assert result.exit_code == 0
     assert "1 passed, 0 failed, 1 not run" in result.stdout
     assert "no such op" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--tune"], "no device here runs the Triton kernels"), (["--tune", "--json"], "prints no JSON")],
+)
+def test_tune_is_refused_where_it_has_nothing_to_measure_or_print(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = [sys.executable, "-m", "quantkit.cli.main", "doctor", *arguments]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
