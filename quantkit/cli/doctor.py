@@ -89,7 +89,7 @@ def _tune(devices: list[str]) -> None:
             continue
         before = fused_rows(device)
         table = new_table("", "rows", "fused, ms", "unpacked, ms")
-        rows = measure(device, on_progress=partial(_add_row, table))
+        rows = measure(device, on_progress=partial(_add_times, table))
         path = save(device, rows)
         output.print(table)
         output.print(f"{name}: fused up to {rows} rows, {before} before; kept in {path}")
@@ -99,7 +99,7 @@ def _tune(devices: list[str]) -> None:
         )
 
 
-def _add_row(table: Table, *values: float) -> None:
+def _add_times(table: Table, *values: float) -> None:
     table.add_row(*(f"{value:g}" for value in values))
 
 
