@@ -58,7 +58,7 @@ SHAPES = (
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4608, 16384)
 VARIANTS = ("bf16", "auto", "fused", "unpack", "stream", "fp8", "tinygemm")
 _ROTATED_BYTES = 256e6
-_MOST_FUSED_ROWS = 1024
+_LEAST_STREAM_ROWS = 2048
 _MOST_TINYGEMM_ROWS = 64
 _GROUP = 128
 _ALWAYS, _NEVER = 1 << 30, 0
@@ -161,10 +161,9 @@ class Bench:
             "auto": [lambda layer=layer: layer(x) for layer in packed],
         }
         if packed[0].backend == "triton":
-            if rows <= _MOST_FUSED_ROWS:
-                found["fused"] = [lambda layer=layer: _linear(layer, x, _ALWAYS) for layer in packed]
+            found["fused"] = [lambda layer=layer: _linear(layer, x, _ALWAYS) for layer in packed]
             found["unpack"] = [lambda layer=layer: _linear(layer, x, _NEVER) for layer in packed]
-            if rows > _MOST_FUSED_ROWS:
+            if rows >= _LEAST_STREAM_ROWS:
                 found["stream"] = _on_two_streams(packed, x)
         if fp8:
             found["fp8"] = [lambda layer=layer: layer(x) for layer in fp8]

@@ -40,7 +40,7 @@ def exact_product(state, layer, x):
 
 
 SHAPES = [(128, 8), (160, 24), (1472, 136), (256, 1024), (3072, 3072), (3072, 12288), (13824, 5120)]
-ROWS = [1, 2, 8, 9, 16, 33, 64, 65, 127, 200, 513]
+ROWS = [1, 2, 8, 9, 16, 33, 64, 65, 127, 200, 513, 2500]
 SCHEMES = [
     {"group_size": 32},
     {"group_size": 64},
@@ -129,6 +129,7 @@ def test_compiled_and_captured_layers_give_what_the_eager_layer_gives(device, co
 
 
 EXPERTS, HIDDEN, INNER, TOP_K = 16, 512, 256, 4
+SCHEMES_OF_EXPERTS = [Scheme(4, 128, True), Scheme(4, 128, False), Scheme(4, 32, False), Scheme(4, -1, True)]
 
 
 def make_experts(device, scheme):
@@ -145,12 +146,12 @@ def make_experts(device, scheme):
     return layer, state
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 128, True), Scheme(4, 32, False), Scheme(4, -1, True)], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES_OF_EXPERTS, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @torch.inference_mode()
 def test_experts_give_the_exact_sum_for_one_token_and_for_thousands(device, scheme, dtype):
     layer, state = make_experts(device, scheme)
-    for tokens in (1, 7, 32, 33, 500, 4000):
+    for tokens in (1, 7, 32, 33, 200, 500, 4000):
         generator = torch.Generator(device).manual_seed(tokens)
         x = torch.randn(tokens, HIDDEN, generator=generator, device=device).to(dtype)
         scores = torch.rand(tokens, EXPERTS, generator=generator, device=device)

@@ -2,7 +2,8 @@
 
 =============  ====================================================================================================
 ``triton``     few rows: one kernel that unpacks weights in registers, bound by reading a quarter of the bytes; many
-               rows: unpacked to 16 bit once per call, then the vendor's product, bound by arithmetic
+               rows: unpacked to 16 bit once per call, then the vendor's product, bound by arithmetic; on Hopper a
+               kernel of its own for hundreds of rows, and for experts of many tokens
 ``triton-fp8`` compute ``"fp8"``: few rows as above; many: weights and activations as e4m3, each row with its own
                scale, and the vendor's FP8 product
 =============  ====================================================================================================
@@ -24,8 +25,8 @@ from torch.nn import functional
 
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.format import unpack_zeros
-from quantkit_runtime.kernels import ops
-from quantkit_runtime.kernels.crossover import fused_rows
+from quantkit_runtime.kernels import hopper_launch, ops
+from quantkit_runtime.kernels.crossover import DEFAULT_FUSED_ROWS, fused_rows
 from quantkit_runtime.kernels.dispatch import ExpertsKernel, ExpertsSpec, LinearKernel, LinearSpec, register
 from quantkit_runtime.kernels.tiles import unfit
 
@@ -34,6 +35,8 @@ _CAPABILITY = (8, 0)
 _CAPABILITY_FP8 = (8, 9)
 _MAX_UNSORTED_SLOTS = 128
 _MAX_BLOCK_ROWS = 64
+_MIN_HOPPER_TOKENS = 32  # of an expert, on average
+_MAX_16BIT_ROWS = 512  # with FP8 compute; above, its product makes up for the conversions even on Hopper
 _MAX_E4M3 = 448.0
 _MAX_JOINED_FEATURES = 8192
 
@@ -48,8 +51,14 @@ class _Weight:
             shape = self.scales.shape
             flat = tensors["qzeros"].reshape(-1, tensors["qzeros"].shape[-1])
             self.zeros = unpack_zeros(flat, scheme).to(torch.uint8).view(shape)
+        self._in_features = in_features
         self.group = 0 if scheme.group_size == -1 else scheme.group_length(in_features)
         self.extra_bytes = 0 if self.zeros is None else self.zeros.nbytes
+
+    @property
+    def fits_hopper(self) -> bool:
+        """Whether `quantkit_runtime.kernels.hopper` serves it."""
+        return hopper_launch.fits(self._in_features, self.tiles.shape[-2], self.group)
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -65,6 +74,8 @@ class TritonLinear:
         self._bias = None if bias is None else bias.to(spec.dtype)
         self._counters = ops.counters_for(spec.out_features, spec.device)
         self._fused_rows = fused_rows(spec.device)
+        if hopper_launch.runs_on(spec.device) and not self._weight.fits_hopper:
+            self._fused_rows = min(self._fused_rows, DEFAULT_FUSED_ROWS)
         self.extra_bytes = self._weight.extra_bytes + self._counters.nbytes
         if bias is not None and self._bias is not bias:
             self.extra_bytes += bias.nbytes
@@ -93,6 +104,7 @@ class TritonFp8Linear(TritonLinear):
     def __init__(self, spec: LinearSpec, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
         super().__init__(spec, tensors, bias)
         self._row_scales = _row_scales(self._weight, spec.scheme)
+        self._fused_rows = min(self._fused_rows, _MAX_16BIT_ROWS)
         self.extra_bytes += self._row_scales.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -143,6 +155,7 @@ class TritonExperts:
         self._down = _Weight(down, spec.scheme, spec.intermediate_size)
         # None where the kernel itself can apply it.
         self._activation: Callable[[Tensor], Tensor] | None = None if _is_silu(spec.activation) else spec.activation
+        self._sorts = hopper_launch.runs_on(spec.device) and self._gate_up.fits_hopper and self._down.fits_hopper
         self.extra_bytes = self._gate_up.extra_bytes + self._down.extra_bytes
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -152,6 +165,8 @@ class TritonExperts:
         tokens, top_k = top_k_index.shape
         if tokens == 0:
             return torch.zeros_like(hidden_states)
+        if self._sorts and tokens * top_k >= _MIN_HOPPER_TOKENS * self._experts:
+            return self._call_sorted(x, top_k_index, top_k_weights).to(dtype)
         order, expert, start, block_rows = route(top_k_index, self._experts)
         multiply = partial(_operators().multiply_experts, block_rows=block_rows)
         places = (order, expert, start)
@@ -172,6 +187,20 @@ class TritonExperts:
         )  # fmt: skip
         summed: Tensor = out.view(tokens, top_k, -1).sum(1)
         return summed.to(dtype)
+
+    def _call_sorted(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Apply the experts to many tokens, brought into the experts' order first."""
+        tokens, top_k = index.shape
+        block_rows = hopper_launch.block_rows(tokens * top_k / self._experts)
+        order, expert, start = sort_slots(index.reshape(-1), self._experts, block_rows)
+        multiply = partial(_operators().multiply_sorted, expert=expert, start=start, block_rows=block_rows)
+        both = multiply(x[order // top_k], *self._gate_up.arguments, self._gate_up.group)
+        gate, up = both.chunk(2, dim=-1)
+        activation = functional.silu if self._activation is None else self._activation
+        out = multiply(activation(gate) * up, *self._down.arguments, self._down.group)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        summed: Tensor = (out[back].view(tokens, top_k, -1) * weights.to(x.dtype)[..., None]).sum(1)
+        return summed
 
 
 def route(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -195,21 +224,32 @@ def route(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, int]:
     block_rows = 8
     while block_rows < min(slots // experts, _MAX_BLOCK_ROWS):
         block_rows *= 2
+    order, expert, start = sort_slots(flat, experts, block_rows)
+    return order.to(torch.int32), expert, start, block_rows
+
+
+def sort_slots(flat: Tensor, experts: int, block_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort slots by expert and cut each expert's into blocks.
+
+    Args:
+        flat: (slots,) int64, whose each is; E means nobody's.
+        experts: E.
+        block_rows: Slots of a block at most.
+
+    Returns:
+        order (slots,) int64; expert (blocks,) and start (blocks + E,) int32, as in
+        `quantkit_runtime.kernels.launch.multiply_experts`.
+    """
     ranked, order = flat.sort(stable=True)
-    ends = torch.searchsorted(ranked, torch.arange(experts, device=index.device), right=True)
+    ends = torch.searchsorted(ranked, torch.arange(experts, device=flat.device), right=True)
     begins = torch.cat([ends.new_zeros(1), ends[:-1]])
     blocks = (ends - begins + block_rows - 1) // block_rows
     through = blocks.cumsum(0)
-    block = torch.arange(slots // block_rows + experts, device=index.device)
+    block = torch.arange(flat.numel() // block_rows + experts, device=flat.device)
     expert = torch.searchsorted(through, block, right=True)
     owner = expert.clamp(max=experts - 1)
     start = begins[owner] + (block - (through - blocks)[owner]) * block_rows
-    return (
-        order.to(torch.int32),
-        expert.to(torch.int32),
-        torch.cat([start, ends]).to(torch.int32),
-        block_rows,
-    )
+    return order, expert.to(torch.int32), torch.cat([start, ends]).to(torch.int32)
 
 
 def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from quantkit_runtime.kernels import convert
+from quantkit_runtime.kernels import convert, hopper_launch
 from quantkit_runtime.kernels import multiply as kernels
 from quantkit_runtime.kernels.tiles import PART, TILE
 
@@ -60,7 +60,7 @@ def multiply(
     counters: Tensor,
     group: int,
 ) -> Tensor:
-    """Multiply few rows with packed weights, see `kernels.multiply.multiply_kernel`.
+    """Multiply with packed weights, see `kernels.multiply.multiply_kernel`, and `kernels.hopper` for many rows.
 
     Args:
         x: (M, K) contiguous, bf16 or fp16.
@@ -76,6 +76,12 @@ def multiply(
         (M, N) in the dtype of ``x``.
     """
     (rows, in_features), out_features = x.shape, tiles.shape[1]
+    if (
+        rows >= hopper_launch.MIN_ROWS
+        and hopper_launch.runs_on(x.device)
+        and hopper_launch.fits(in_features, out_features, group)
+    ):
+        return hopper_launch.multiply(x, tiles, scales, zeros, bias, counters, group)
     block = min(max(triton.next_power_of_2(rows), 8), MAX_BLOCK_ROWS)
     shape = _SHAPES[block]
     blocks, parts = triton.cdiv(rows, block), triton.cdiv(out_features, PART)

@@ -7,7 +7,8 @@ Importing this module defines the operators; triton is imported when one of them
 ``unpack``               the dense weight
 ``quantize_rows``        activations as e4m3, each row with its own scale
 ``linear_fp8``           the product of such activations with the weight, rounded to e4m3 for the call
-``multiply_experts``     products of many tokens with the weights of the experts that each is sent to
+``multiply_experts``     products of tokens with the weights of the experts that each is sent to
+``multiply_sorted``      the same for many tokens that are sorted by expert, on Hopper
 =======================  ==========================================================================================
 
 Outside the compiler the functions of this module do the same as the operators, without the dispatcher, which costs
@@ -44,6 +45,7 @@ _define(
     f"multiply_experts(Tensor x, {_WEIGHT}, int group, int top_k, Tensor order, Tensor expert, Tensor start, "
     "Tensor? weights, int block_rows, bool gated) -> Tensor"
 )
+_define(f"multiply_sorted(Tensor x, {_WEIGHT}, int group, Tensor expert, Tensor start, int block_rows) -> Tensor")
 
 
 def linear(
@@ -110,12 +112,23 @@ def multiply_experts(
     )
 
 
+def multiply_sorted(
+    x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, group: int, expert: Tensor, start: Tensor,
+    block_rows: int,
+) -> Tensor:  # fmt: skip
+    """See the operator ``multiply_sorted``."""
+    from quantkit_runtime.kernels import hopper_launch
+
+    return hopper_launch.multiply_sorted(x.contiguous(), tiles, scales, zeros, group, expert, start, block_rows)
+
+
 for _name, _function in (
     ("linear", linear),
     ("unpack", unpack),
     ("quantize_rows", quantize_rows),
     ("linear_fp8", linear_fp8),
     ("multiply_experts", multiply_experts),
+    ("multiply_sorted", multiply_sorted),
 ):
     # One implementation for every device: Triton compiles for the one its tensors are on.
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
@@ -158,6 +171,11 @@ def _(
     del scales, zeros, group
     gated = rest[-1]
     return x.new_empty(x.shape[0] * (top_k if gated else 1), tiles.shape[2] // (2 if gated else 1))
+
+
+@_fake("multiply_sorted")
+def _(x: Tensor, tiles: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], tiles.shape[2])
 
 
 def counters_for(out_features: int, device: torch.device) -> Tensor:
