@@ -2,8 +2,9 @@
 
 There the instruction that multiplies (wgmma) runs beside the ones that unpack, as long as a program keeps it fed,
 which Triton does not arrange. So one warp does nothing but copy tiles to shared memory (by TMA, which needs no
-registers and no masks), and two warp groups, each with half of the output features, unpack the next 16 input
-features while the tensor cores work on the last ones.
+registers and no masks), and two groups of four warps, each with half of the output features, unpack the next 16
+input features while the tensor cores work on the last ones. The groups do not wait for each other, so that one has
+work for the tensor cores while the other begins a tile.
 
 Legend: M = rows, N = out_features, K = in_features, G = groups, B = tiles along K, E = experts; a program computes
 BN output features of BM rows. The weights are the left operand, which may come from registers; of x the right one
@@ -89,22 +90,31 @@ def _copy(
 
 
 @gluon.jit
+def _take(
+    words_ring, scales_ring, stage, HALF: gl.constexpr, dtype: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr
+):
+    """Words (BN, 16) and scales (BN, 1) of a stage."""
+    words = words_ring.index(stage).slice(HALF * BN, BN, 0).load(layout)
+    return words, scales_ring.index(stage).slice(HALF * BN, BN, 1).permute((1, 0)).load(layout).to(dtype)
+
+
+@gluon.jit
 def _multiply(
-    xs, words_ring, scales_ring, full, free, zeros_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr, first_m, end_m,
-    first_n, group, first, last, N, GROUP: gl.constexpr, ASYM: gl.constexpr, BIAS: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, num_warps: gl.constexpr,
+    xs, words_ring, scales_ring, full, free, done, zeros_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr, first_m,
+    end_m, first_n, group, first, last, N, HALF: gl.constexpr, GROUP: gl.constexpr, ASYM: gl.constexpr,
+    BIAS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """The multiplying warps."""
+    """One group of multiplying warps, with BN = 64 of the program's output features."""
     dtype: gl.constexpr = xs.dtype
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BM, 16])
+    first_n += HALF * BN
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     zero_ptrs = zeros_ptr + group * N + (first_n + gl.arange(0, BN, gl.SliceLayout(1, left))) % N
     acc = gl.zeros([BN, BM], gl.float32, mma)
     if first < last:
         minus = _minus(zero_ptrs + (first * 128 // GROUP if GROUP else 0) * N, ASYM, dtype, BN, left)
         mbarrier.wait(full.index(0), 0)
-        words = words_ring.index(0).load(left)
-        scale = scales_ring.index(0).permute((1, 0)).load(left).to(dtype)
+        words, scale = _take(words_ring, scales_ring, 0, HALF, dtype, BN, left)
         weights = _weights(words, minus, scale, 0)
         for b in range(first, last):
             x = xs.index((b - first) % STAGES)
@@ -116,12 +126,11 @@ def _multiply(
                 in_use = weights
                 weights = _weights(words, minus, scale, j)
                 if j == 4:
-                    # In the middle of a tile, when the tensor cores have work left, all warps meet here anyway.
+                    # In the middle of a tile, when the tensor cores have work left.
                     before = (b - first + STAGES - 1) % STAGES
                     mbarrier.arrive(free.index(before), count=1, pred=b > first)
                     mbarrier.wait(full.index(following), (b - first + 1) // STAGES & 1, pred=b + 1 < last)
-                    next_words = words_ring.index(following).load(left)
-                    next_scale = scales_ring.index(following).permute((1, 0)).load(left).to(dtype)
+                    next_words, next_scale = _take(words_ring, scales_ring, following, HALF, dtype, BN, left)
                 acc = warpgroup_mma(weights, x.slice(16 * j, 16, 1).permute((1, 0)), acc, is_async=True)
                 acc, _ = warpgroup_mma_wait(1, deps=[acc, in_use])
             in_use = weights
@@ -133,25 +142,28 @@ def _multiply(
             acc, _ = warpgroup_mma_wait(0, deps=[acc, in_use])
     if SPLIT > 1:
         # The last program to arrive adds up what all left, in a fixed order; the others store nothing.
-        n = gl.arange(0, BN, gl.SliceLayout(1, mma))
-        at = n[:, None] * BM + gl.arange(0, BM, gl.SliceLayout(0, mma))[None, :]
-        partial_ptr += gl.program_id(0) * (BN * BM)
-        stride = gl.num_programs(0) * (BN * BM)
+        i = gl.arange(0, BN, gl.SliceLayout(1, mma))
+        at = i[:, None] * BM + gl.arange(0, BM, gl.SliceLayout(0, mma))[None, :]
+        part = gl.program_id(0) * 2 + HALF
+        partial_ptr += part * (BN * BM)
+        stride = gl.num_programs(0) * (2 * BN * BM)
         gl.store(partial_ptr + gl.program_id(1) * stride + at, acc)
         _barrier()
-        arrived = gl.atomic_add(counter_ptr + gl.program_id(0), 1, sem="acq_rel")
+        arrived = gl.atomic_add(counter_ptr + part, 1, sem="acq_rel")
         end_m = gl.where(arrived == SPLIT - 1, end_m, 0)
         if arrived == SPLIT - 1:
             acc = gl.zeros([BN, BM], gl.float32, mma)
             for other in range(SPLIT):
                 acc += gl.load(partial_ptr + other * stride + at, cache_modifier=".cg")
-            gl.store(counter_ptr + gl.program_id(0), 0)
+            gl.store(counter_ptr + part, 0)
     if BIAS:
         n = (first_n + gl.arange(0, BN, gl.SliceLayout(1, mma))) % N
         acc += gl.load(bias_ptr + n).to(gl.float32)[:, None]
-    # Through shared memory, so that rows are stored in long runs; a stage of x has room for (BM, BN = 128).
-    store: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BN, BN // 8], [num_warps, 1], [1, 0])
-    out = xs.index(0)
+    # Through shared memory, so that rows are stored in long runs: half a stage of x, which nobody reads any more.
+    mbarrier.arrive(done, count=1)
+    mbarrier.wait(done, 0)
+    store: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BN, BN // 8], [4, 1], [1, 0])
+    out = xs.index(0).slice(HALF * BN, BN, 1)
     out.permute((1, 0)).store(acc.to(dtype))
     m = first_m + gl.arange(0, BM, gl.SliceLayout(1, store))
     n = first_n + gl.arange(0, BN, gl.SliceLayout(0, store))
@@ -164,14 +176,13 @@ def multiply_kernel(
     x_desc, tiles_desc, scales_desc, zeros_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr, expert_ptr, start_ptr,
     M, N, K, G, blocks, experts, GROUP: gl.constexpr, ASYM: gl.constexpr, BIAS: gl.constexpr,
     EXPERTS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
-    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Compute out (M, N) = x (M, K) @ W.T + bias; program (block of rows and part of N, share of K).
 
     The descriptors: x (M, K) in boxes (BM, 128); words (B N, 16) in boxes (BN, 16); scales (G, N) in boxes (1, BN).
 
-    With SPLIT > 1 every program leaves its part in ``partial``, (SPLIT, programs, BN, BM) float32, and the last one
-    to arrive, by ``counter`` (programs,) int32, adds them up. It leaves the counter at 0, as it was.
+    With SPLIT > 1 every group of warps leaves its part in ``partial``, (SPLIT, 2 programs, BN / 2, BM) float32, and
+    the last one to arrive, by ``counter`` (2 programs,) int32, adds them up. It leaves the counter at 0, as it was.
 
     With EXPERTS the weights are those of E experts, one after the other, and the rows are sorted by expert:
     ``expert`` and ``start`` (blocks,) say whose rows a block holds and which is its first; after them ``start`` has
@@ -203,24 +214,36 @@ def multiply_kernel(
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=2)
+    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(done, count=2)
+    group = expert * G
     gl.warp_specialize(
         [
             (
                 _multiply,
                 (
-                    xs, words, scales, full, free, zeros_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr, first_m,
-                    end_m, first_n, expert * G, first, last, N, GROUP, ASYM, BIAS, BM, BN, STAGES, SPLIT, num_warps,
+                    xs, words, scales, full, free, done, zeros_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr,
+                    first_m, end_m, first_n, group, first, last, N, 0, GROUP, ASYM, BIAS, BM, BN // 2, STAGES,
+                    SPLIT,
+                ),
+            ),
+            (
+                _multiply,
+                (
+                    xs, words, scales, full, free, done, zeros_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr,
+                    first_m, end_m, first_n, group, first, last, N, 1, GROUP, ASYM, BIAS, BM, BN // 2, STAGES,
+                    SPLIT,
                 ),
             ),
             (
                 _copy,
                 (
                     x_desc, tiles_desc, scales_desc, xs, words, scales, full, free, first_m, first_n,
-                    expert * tiles, expert * G, first, last, N, GROUP, STAGES,
+                    expert * tiles, group, first, last, N, GROUP, STAGES,
                 ),
             ),
         ],
-        [1],
-        [24],
+        [4, 1],
+        [240, 24],
     )  # fmt: skip

@@ -17,7 +17,8 @@ from quantkit_runtime.kernels.tiles import PART, TILE
 
 CAPABILITY = (9, 0)
 """Of Hopper; other generations have other instructions in place of wgmma."""
-_WARPS = 8
+_WARPS_OF_A_GROUP = 4
+_GROUPS = 2
 _MOST_SHARES = 4
 _ADDED_PER_US = 375e3
 
@@ -35,7 +36,7 @@ class _Shape:
     tile_us: float
 
 
-_SHAPES = {64: _Shape(4, 0.58), 128: _Shape(5, 0.82), 256: _Shape(3, 1.42)}
+_SHAPES = {64: _Shape(4, 0.65), 128: _Shape(5, 0.80), 256: _Shape(3, 1.36)}
 MIN_ROWS = 33
 """Up to how many rows the kernel of few rows is as fast."""
 
@@ -140,7 +141,7 @@ def _start(
         rows, out_features, in_features, groups,
         -(-rows // block) if expert is None else expert.numel(), 1 if expert is None else tiles.shape[0],
         GROUP=group, ASYM=zeros is not None, BIAS=bias is not None, EXPERTS=expert is not None, BM=block, BN=PART,
-        STAGES=_SHAPES[block].stages, SPLIT=grid[1], num_warps=_WARPS,
+        STAGES=_SHAPES[block].stages, SPLIT=grid[1], num_warps=_WARPS_OF_A_GROUP,
     )  # fmt: skip
 
 
@@ -163,7 +164,7 @@ def _plan(rows: int, out_features: int, tiles: int, counters: int, multiprocesso
         programs = -(-rows // block) * -(-out_features // PART)
         for shares in range(1, _MOST_SHARES + 1):
             share = -(-tiles // shares)
-            if -(-tiles // share) < shares or (shares > 1 and programs > counters):
+            if -(-tiles // share) < shares or (shares > 1 and programs * _GROUPS > counters):
                 continue
             rounds = -(-programs * shares // multiprocessors)
             adding_up_us = 0.0 if shares == 1 else 1.0 + shares * (0.5 + rows * out_features / _ADDED_PER_US)

@@ -179,8 +179,8 @@ def _(x: Tensor, tiles: Tensor, *_: object) -> Tensor:
 
 
 def counters_for(out_features: int, device: torch.device) -> Tensor:
-    """Return the counters that `linear` wants for a layer: int32, all 0, for two blocks of rows.
+    """Return the counters that `linear` wants for a layer: int32, all 0, for two or four blocks of rows.
 
     They are the layer's own: two calls of one layer must not run at the same time on two streams.
     """
-    return torch.zeros(2 * -(-out_features // PART), dtype=torch.int32, device=device)
+    return torch.zeros(4 * -(-out_features // PART), dtype=torch.int32, device=device)
