@@ -9,6 +9,8 @@ from pathlib import Path
 import rank_jobs
 import torch
 
+MOST_GROWTH_BYTES = 8 * 2**20
+
 
 def launch(jobs, folder, *, ranks):
     """Run jobs with torchrun; every rank has one thread."""
@@ -28,3 +30,9 @@ def results(jobs, folder, *, ranks):
     return {
         job["name"]: [torch.load(folder / f"{job['name']}-rank{rank}.pt") for rank in range(ranks)] for job in jobs
     }
+
+
+def assert_no_growth(ranks):
+    """Assert that no rank of a job that was repeated held more at its end than after the rounds to warm up."""
+    for rank in ranks:
+        assert rank["end_bytes"] - rank["warm_bytes"] < MOST_GROWTH_BYTES

@@ -5,7 +5,7 @@ import json
 import pytest
 import rank_jobs
 import torch
-from jobs import results
+from jobs import assert_no_growth, results
 from tiny.chat import build_chat, round_chat
 from tiny_omni import build_qwen3_omni
 
@@ -52,6 +52,9 @@ FOUR = [
     {"name": "ovis w4, both", "model": "ovis_image w4", "kwargs": GUIDED, **BOTH},
     {"name": "tokens w4, both", "model": "demo w4", "kwargs": DEMO, **BOTH, "ulysses": True},
 ]
+MANY = {"model": "flux w4", "kwargs": {**DEMO, "num_inference_steps": 2}, "repeat": 50}
+MANY_OF_TWO = {"name": "many", **MANY, **SHARED}
+MANY_OF_FOUR = {"name": "many, both", **MANY, **BOTH}
 OTHER_SEED = {"model": "demo", "kwargs": DEMO, **SHARED, "on_rank_1": {"seed": 4}}
 REFUSED = {"other seed on rank 1": OTHER_SEED, "other seed, direct": {**OTHER_SEED, "direct": True}}
 NO_SEED = {"name": "no seed", "model": "demo", "kwargs": {k: v for k, v in DEMO.items() if k != "seed"}, **BOTH}
@@ -94,7 +97,8 @@ def ranks(folder_of, tmp_path_factory):
         located = [{**job, "model": str(folder_of(job["model"]))} for job in jobs]
         return results(located, tmp_path_factory.mktemp("ranks"), ranks=count)
 
-    return run([*TWO, *({"name": name, **job} for name, job in REFUSED.items())], 2) | run([*FOUR, NO_SEED], 4)
+    refused = [{"name": name, **job} for name, job in REFUSED.items()]
+    return run([*TWO, MANY_OF_TWO, *refused], 2) | run([*FOUR, MANY_OF_FOUR, NO_SEED], 4)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +146,11 @@ def test_every_rank_holds_its_part_of_the_weights(ranks, alone, job):
     _, whole = alone(job)
     for rank in ranks[job["name"]]:
         assert rank["held_bytes"] < whole * (0.95 if job["mesh"][1] == 2 else 0.85)
+
+
+@pytest.mark.parametrize("name", ["many", "many, both"])
+def test_fifty_generations_in_a_row_take_no_more_memory_than_ten(ranks, name):
+    assert_no_growth(ranks[name])
 
 
 def test_without_a_seed_all_four_ranks_use_the_one_that_was_drawn(ranks):
