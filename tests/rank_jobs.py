@@ -163,9 +163,13 @@ def logits_of(job, mesh=None):
     shared = None if mesh is None else mesh["tensor"]
     model = load_model(job["model"], dtype=getattr(torch, job["dtype"]), tensor_parallel=shared)
     tokens = torch.arange(12).view(1, -1)
-    writer = getattr(model, "thinker", model)
+    writer = getattr(model, "thinker", getattr(model, "language_model", model))
     with torch.no_grad():
-        logits = writer(input_ids=tokens).logits
+        if job.get("drawing"):  # BAGEL: every other token is its second expert's
+            output = writer.model(writer.model.embed_tokens(tokens), latent=tokens % 2 == 1)
+        else:
+            output = writer(input_ids=tokens)
+    logits = getattr(output, "logits", output)  # BAGEL gives nothing else
     layers = getattr(writer.model, "language_model", writer.model).layers
     return logits, sum(tensor.nbytes for tensor in layers.state_dict().values())
 

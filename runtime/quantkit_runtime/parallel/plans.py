@@ -58,7 +58,19 @@ _WAN = {
     "blocks.*.ffn.net.0.proj": _COLUMN,
     "blocks.*.ffn.net.2": _ROW,
 }
+_BAGEL = {
+    f"language_model.model.layers.*.{name}{expert}{part}": entry
+    for expert in ("", "_moe_gen")
+    for name, part, entry in (
+        *((f"self_attn.{projection}_proj", "", _COLUMN) for projection in "qkv"),
+        ("self_attn.o_proj", "", _ROW),
+        ("mlp", ".gate_proj", _COLUMN),
+        ("mlp", ".up_proj", _COLUMN),
+        ("mlp", ".down_proj", _ROW),
+    )
+}
 _OWN: Mapping[str, Mapping[str, Entry]] = {
+    "Bagel": _BAGEL,
     "GlmImageTransformer2DModel": _GLM_IMAGE,
     "OvisImageTransformer2DModel": _OVIS_IMAGE,
     "WanTransformer3DModel": _WAN,
