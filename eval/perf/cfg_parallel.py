@@ -191,11 +191,10 @@ def measure(folder: str, settings: Settings, ways: list[Variant]) -> None:
     import torch
     import torch.distributed as dist
 
-    from quantkit_runtime.parallel.launch import device_of_rank, joined
+    from quantkit_runtime.parallel.launch import joined
 
     torch.set_num_threads(1)
-    device = device_of_rank(settings.device)
-    with joined(device), torch.no_grad():
+    with joined(settings.device) as device, torch.no_grad():
         runs = {way.name: Run(folder, settings, way, device) for way in ways}
         turns = range(settings.rounds + WARM_UP)
         if settings.model == "demo":
