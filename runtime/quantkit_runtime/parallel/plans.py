@@ -116,7 +116,7 @@ def plan_of(model: Any) -> Mapping[str, Entry]:
         return _plan_of_transformers(theirs)
     if theirs:
         translated = {key: _translate(style, f"{name}._tp_plan: {key}") for key, style in theirs.items()}
-        return translated | _MORE.get(name, {})
+        return {**translated, **_MORE.get(name, {})}
     if name not in _OWN:
         raise ParallelError(f"{name}: has no tensor-parallel plan; run it on one rank")
     return _OWN[name]

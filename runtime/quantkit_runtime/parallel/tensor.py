@@ -3,8 +3,8 @@
 A plan names the Linears of a model class that are cut by output features (``column``) and those by input features
 (``row``): a pair of them needs one sum over the ranks, after the second. What a rank holds are ordinary layers of
 smaller size, packed or not; the sum is a hook on the second. Of a row layer's bias the first rank has the values,
-the others have zeros, so that it is added once. Layers of one row that end in no pair (modulations) are cut by output
-features, too, and put together again (``gathered``).
+the others have zeros, so that it is added once. Layers of one row that are in no pair (modulations) are cut by
+output features, too, and their outputs put together again (``gathered``).
 """
 
 from __future__ import annotations
