@@ -28,7 +28,8 @@ demo: $(INSTALLED)  ## Quantize the embedded FLUX, compare it with BF16, write t
 
 test: $(INSTALLED)  ## Run all tests that need no accelerator.
 	# One thread each: threads of two processes on the same cores wait for each other in OpenMP's barriers.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not network and not huge' -n auto \
+	# A file stays with one worker, so that what its tests share, such as ranks that run jobs, is made once.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not network and not huge' -n auto --dist loadfile \
 	  --support-matrix check --ignore tests/interpreted $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreted -n auto
 

@@ -1,11 +1,6 @@
-"""One rank of the tests of parallel generation: runs jobs one after the other and writes what came out.
+"""One rank of the tests of parallel generation: runs jobs one after the other and writes what came out."""
 
-Run by torchrun with the path of a JSON list of jobs and the folder of the results.
-"""
-
-import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +12,7 @@ from PIL import Image
 from quantkit_runtime import load_model, load_pipeline
 from quantkit_runtime.errors import ParallelError
 from quantkit_runtime.parallel import make_mesh, parallel_call
+from quantkit_runtime.parallel.launch import joined
 
 
 def _rank():
@@ -101,11 +97,11 @@ def arguments_of(job):
     return kwargs
 
 
-def prepared(job, mesh=None):
+def prepared(job, mesh=None, device="cpu"):
     """Load a job's pipeline; a step cache, context parallelism or compilation is turned on where it says so."""
     shared = None if mesh is None or job.get("ulysses") else mesh["tensor"]
     dtype = getattr(torch, job.get("dtype", "bfloat16"))
-    pipe = load_pipeline(job["model"], dtype=dtype, tensor_parallel=shared)
+    pipe = load_pipeline(job["model"], device=device, dtype=dtype, tensor_parallel=shared)
     pipe.set_progress_bar_config(disable=True)
     if mesh is not None and job.get("ulysses"):
         split_tokens(pipe.transformer, job["mesh"])
@@ -163,41 +159,44 @@ def logits_of(job, mesh=None):
     shared = None if mesh is None else mesh["tensor"]
     model = load_model(job["model"], dtype=getattr(torch, job["dtype"]), tensor_parallel=shared)
     tokens = torch.arange(12).view(1, -1)
-    writer = getattr(model, "thinker", model)
+    writer = getattr(model, "thinker", getattr(model, "language_model", model))
     with torch.no_grad():
-        logits = writer(input_ids=tokens).logits
+        if job.get("drawing"):  # BAGEL: every other token is its second expert's
+            output = writer.model(writer.model.embed_tokens(tokens), latent=tokens % 2 == 1)
+        else:
+            output = writer(input_ids=tokens)
+    logits = getattr(output, "logits", output)  # BAGEL gives nothing else
     layers = getattr(writer.model, "language_model", writer.model).layers
     return logits, sum(tensor.nbytes for tensor in layers.state_dict().values())
 
 
-def main(jobs_path, results):
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    for job in json.loads(Path(jobs_path).read_text()):
-        mesh = make_mesh(torch.device("cpu"), cfg=job.get("mesh", [2, 1])[0], tensor=job.get("mesh", [2, 1])[1])
-        if job.get("language"):
-            logits, held = logits_of(job, mesh)
-            torch.save({"latents": logits, "held_bytes": held}, Path(results) / f"{job['name']}-rank{rank}.pt")
-            continue
-        pipe = prepared(job, mesh)
-        counts = count_blocks(pipe)
-        found = {}
-        try:
-            parallel = torch.no_grad()(pipe.__call__) if job.get("direct") else parallel_call(pipe, mesh)
-            for round_ in range(job.get("repeat", 1)):
-                output = parallel(**arguments_of(job), output_type="latent")
-                if round_ == WARM_UP_ROUNDS:
-                    found["warm_bytes"] = resident_bytes()
-            found["end_bytes"] = resident_bytes()
-        except ParallelError as error:
-            found["error"] = str(error)
-        else:
-            found["latents"] = result_of(output)
-        held = sum(tensor.nbytes for tensor in pipe.transformer.state_dict().values())
-        torch.save({**found, **counts, "held_bytes": held}, Path(results) / f"{job['name']}-rank{rank}.pt")
-        dist.barrier()
-    dist.destroy_process_group()
+def run(jobs, folder, device="cpu"):
+    """Run jobs in this rank; what came out of each is written to ``<name>-rank<rank>.pt``."""
+    with joined(device) as mine:
+        for job in jobs:
+            cfg, tensor = job.get("mesh", (2, 1))
+            made = _run(job, make_mesh(mine, cfg=cfg, tensor=tensor), mine)
+            torch.save(made, Path(folder, f"{job['name']}-rank{dist.get_rank()}.pt"))
+            dist.barrier()
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def _run(job, mesh, device):
+    if job.get("language"):
+        logits, held = logits_of(job, mesh)
+        return {"latents": logits, "held_bytes": held}
+    pipe = prepared(job, mesh, device)
+    counts = count_blocks(pipe)
+    found = {}
+    try:
+        parallel = torch.no_grad()(pipe.__call__) if job.get("direct") else parallel_call(pipe, mesh)
+        for round_ in range(job.get("repeat", 1)):
+            output = parallel(**arguments_of(job), output_type="latent")
+            if round_ == WARM_UP_ROUNDS:
+                found["warm_bytes"] = resident_bytes()
+        found["end_bytes"] = resident_bytes()
+    except ParallelError as error:
+        found["error"] = str(error)
+    else:
+        found["latents"] = result_of(output).cpu()
+    held = sum(tensor.nbytes for tensor in pipe.transformer.state_dict().values())
+    return {**found, **counts, "held_bytes": held}

@@ -9,31 +9,31 @@ import torch
 import torch.distributed as dist
 
 from quantkit_runtime.errors import ParallelError
-from quantkit_runtime.parallel.launch import device_of_rank, joined
+from quantkit_runtime.parallel.launch import joined
 
 
 def write_sum(folder):
-    with joined(device_of_rank("cpu")):
+    with joined("cpu"):
         total = torch.tensor([dist.get_rank() + 1.0])
         dist.all_reduce(total)
         Path(folder, f"rank{dist.get_rank()}").write_text(str(total.item()))
 
 
 def refuse(rank):
-    with joined(device_of_rank("cpu")):
+    with joined("cpu"):
         if dist.get_rank() == rank:
             raise ParallelError("the file: a reason")
         dist.barrier()
 
 
 def die(rank):
-    with joined(device_of_rank("cpu")):
+    with joined("cpu"):
         if dist.get_rank() == rank:
             os.kill(os.getpid(), signal.SIGKILL)
         dist.barrier()
 
 
 def wait_for_ever(folder):
-    with joined(device_of_rank("cpu")):
+    with joined("cpu"):
         Path(folder, f"pid{dist.get_rank()}").write_text(str(os.getpid()))
         time.sleep(600)

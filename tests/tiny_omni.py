@@ -86,7 +86,7 @@ def _save_processor(folder: Path, processor_class, special: dict[str, str], patc
     return processor.tokenizer
 
 
-def build_qwen2_5_omni(folder: Path, *, seed: int = 0) -> Path:
+def build_qwen2_5_omni(folder: Path, *, seed: int = 0, kv_heads: int = 1) -> Path:
     """Save a random Qwen2.5-Omni: 2 thinker layers 128 wide, the rest as small as its classes allow."""
     from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration, Qwen2_5OmniProcessor
 
@@ -118,7 +118,10 @@ def build_qwen2_5_omni(folder: Path, *, seed: int = 0) -> Path:
     config = Qwen2_5OmniConfig(
         thinker_config={
             **multimodal,
-            "text_config": {**text, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id},
+            "text_config": {
+                **text, "num_key_value_heads": kv_heads, "pad_token_id": tokenizer.pad_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+            },
             "vision_config": {
                 "depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "patch_size": 14,
                 "out_hidden_size": HIDDEN, "fullatt_block_indexes": [1],

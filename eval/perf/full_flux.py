@@ -147,17 +147,24 @@ def build(variant: str, device: Any, size: int, compiles: bool) -> tuple[Any, di
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+    import random_weights
+
     torch.manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(_config("transformer")).to(torch.bfloat16)
-        reader = T5EncoderModel(T5Config(**_config("text_encoder_2"))).to(torch.bfloat16)
-    if variant != "bf16":
-        pack(transformer)
-    fill(transformer, device)
-    fill(reader, device)
-    for layer in transformer.modules():
-        if hasattr(layer, "prepare") and hasattr(layer, "qweight"):
-            layer.prepare(torch.bfloat16, compute="fp8" if variant == "fp8" else "16bit")
+        transformer = FluxTransformer2DModel.from_config(_config("transformer"))
+        reader = T5EncoderModel(T5Config(**_config("text_encoder_2")))
+
+    def replace(name: str, module: torch.nn.Module) -> Any:
+        if variant == "bf16" or not isinstance(module, torch.nn.Linear) or not name.startswith(_BLOCKS):
+            return None
+        compute = "fp8" if variant == "fp8" else "16bit"
+        return random_weights.packed_linear(
+            module, device=device, dtype=torch.bfloat16, generator=generator, compute=compute, backend="auto"
+        )
+
+    random_weights.fill(transformer, device=device, dtype=torch.bfloat16, generator=generator, replace=replace)
+    random_weights.fill(reader, device=device, dtype=torch.bfloat16, generator=generator)
     pooler = CLIPTextModel(CLIPTextConfig(**_config("text_encoder"))).to(device, torch.bfloat16)
     vae = AutoencoderKL.from_config({**_config("vae"), "scaling_factor": 0.3611, "shift_factor": 0.1159}).to(
         device, torch.bfloat16
@@ -180,50 +187,12 @@ def build(variant: str, device: Any, size: int, compiles: bool) -> tuple[Any, di
             )  # fmt: skip
 
     parts = {"transformer": transformer, "text_encoder_2": reader, "text_encoder": pooler, "vae": vae}
-    return draw, {name: _nbytes(module) for name, module in parts.items()}
-
-
-def pack(transformer: Any) -> None:
-    """Put packed layers in the place of all Linears of the blocks, on the meta device."""
-    import torch
-
-    from quantkit_runtime import W4A16Linear
-
-    for name, module in list(transformer.named_modules()):
-        if isinstance(module, torch.nn.Linear) and name.startswith(_BLOCKS):
-            layer = W4A16Linear(
-                module.in_features, module.out_features, bias=module.bias is not None, group_size=128, device="meta"
-            )
-            parent, _, child = name.rpartition(".")
-            setattr(transformer.get_submodule(parent), child, layer)
-
-
-def fill(module: Any, device: Any) -> None:
-    """Move a module from the meta device, its values random: none of them decides what a kernel takes."""
-    import torch
-
-    module.to_empty(device=device)
-    with torch.no_grad():
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if name.endswith("qweight"):
-                tensor.random_(-(2**31), 2**31 - 1)
-            elif name.endswith("qzeros"):
-                tensor.fill_(0x77777777)
-            elif name.endswith("scales"):
-                tensor.fill_(0.003)
-            elif "norm" in name and name.endswith("weight") and tensor.ndim == 1:
-                tensor.fill_(1.0)
-            elif tensor.is_floating_point():
-                tensor.normal_(std=0.02)
+    return draw, {name: random_weights.stored_bytes(module) for name, module in parts.items()}
 
 
 def _config(component: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((_CONFIGS / component / "config.json").read_text(encoding="utf-8"))
     return {key: value for key, value in found.items() if key not in ("architectures", "model_type", "torch_dtype")}
-
-
-def _nbytes(module: Any) -> int:
-    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
 def _machine() -> dict[str, Any]:

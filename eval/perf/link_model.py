@@ -75,7 +75,10 @@ MACHINES = (
 
 
 def flux(height: int, width: int, text: int = 512) -> Work:
-    """Count FLUX.1-dev: double blocks sum four tensors over the ranks, image and text apart, single ones one."""
+    """Count FLUX.1-dev: double blocks sum four tensors over the ranks, image and text apart, single ones one.
+
+    So do their modulations, two and one, which are small.
+    """
     config = _config("black-forest-labs/FLUX.1-dev")
     hidden = config["num_attention_heads"] * config["attention_head_dim"]
     image = (height // 16) * (width // 16)
@@ -85,7 +88,7 @@ def flux(height: int, width: int, text: int = 512) -> Work:
     return Work(
         f"FLUX.1-dev {width} x {height}",
         flop=blocks * (2 * 12 * hidden**2 * tokens + 4 * tokens**2 * hidden),
-        sums=4 * double + single,
+        sums=6 * double + 2 * single,
         summed_bytes=(2 * double + single) * tokens * hidden * BYTES,
         prediction_bytes=image * config["in_channels"] * BYTES,
     )

@@ -50,7 +50,10 @@ def fill(
         generator: Random numbers, on the device.
         replace: Returns what takes a module's place, filled and prepared, or None.
     """
-    in_float32 = getattr(model, "_keep_in_fp32_modules", None) or ()
+    kept_names = "_keep_in_fp32_modules"
+    if hasattr(model, f"{kept_names}_strict"):  # transformers, where the plain list guards float16 alone
+        kept_names += "_strict"
+    in_float32 = getattr(model, kept_names, None) or ()
     for name, module in list(model.named_modules()):
         parent, _, attribute = name.rpartition(".")
         packed = replace(name, module) if name else None

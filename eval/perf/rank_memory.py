@@ -1,10 +1,10 @@
-"""Bytes of a denoiser's weights that every rank holds, of published models, in BF16 and in 4 bit.
+"""Bytes of weights that every rank holds, of published models, in BF16 and in 4 bit.
 
 Builds the published architectures without weights and cuts them as loading does::
 
     python eval/perf/rank_memory.py
 
-Text encoders, VAE and activations come on top; every rank holds them whole.
+The last column is what is on every rank whole, in BF16: text encoders and VAE. Activations come on top.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from quantkit_runtime.architecture import build_transformers, class_of
+from quantkit_runtime.checkpoint import read_json
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.format import packed_tensors
+from quantkit_runtime.parallel.call import DENOISERS
 from quantkit_runtime.parallel.tensor import shard
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "quantkit" / "families" / "published"
@@ -59,17 +62,35 @@ def weight_bytes(model: str, ranks: int, *, packed: bool) -> int:
     return nbytes
 
 
+def whole_bytes(model: str) -> int:
+    """Return the bytes of all components but the denoisers, in BF16."""
+    folder = PUBLISHED / model
+    nbytes = 0
+    for path in sorted(folder.glob("*/config.json")):
+        if path.parent.name in DENOISERS:
+            continue
+        config = read_json(path)
+        with torch.device("meta"):
+            if "_class_name" in config:
+                built = class_of(config, path).from_config(config)
+            else:
+                built = build_transformers(class_of(config, path), config, path, torch.bfloat16)
+        nbytes += 2 * sum(parameter.numel() for parameter in built.parameters())
+    return nbytes
+
+
 def main() -> None:
     """Print the table."""
     print(
         f"{'GB of weights per rank':36}"
         + "".join(f"{f'{kind} TP={n}':>11}" for kind in ("BF16", "W4") for n in RANKS)
+        + f"{'whole':>8}"
     )
     for model, count in MODELS.items():
         sizes = [
             count * weight_bytes(model, ranks, packed=packed) / 1e9 for packed in (False, True) for ranks in RANKS
         ]
-        print(f"{model:36}" + "".join(f"{size:11.2f}" for size in sizes))
+        print(f"{model:36}" + "".join(f"{size:11.2f}" for size in sizes) + f"{whole_bytes(model) / 1e9:8.2f}")
 
 
 if __name__ == "__main__":

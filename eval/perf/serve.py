@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import html
 import json
 import os
 import platform
-import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from load import Sample, Work, run, summarize
+from plotting import line_chart
+from rounding import round_component
 
 IMAGE = Work("image", size=64, steps=8)
 CHAT = Work("chat", tokens=64)
@@ -75,8 +77,6 @@ def main() -> None:
     if given.output is not None:
         given.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if given.html is not None:
-        from plots import page
-
         given.html.write_text(page(result), encoding="utf-8")
 
 
@@ -189,11 +189,8 @@ def make_images(folder: Path) -> dict[str, Path]:
 def make_chats(folder: Path) -> dict[str, Path]:
     """Return a random Llama of 120 million parameters and its W4A16 copy."""
     import torch
-    from safetensors.torch import load_file, save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from quantkit_runtime.format import Scheme, pack, quantize_rtn
 
     whole, packed = folder / "chat", folder / "chat-w4a16"
     torch.manual_seed(0)
@@ -207,23 +204,30 @@ def make_chats(folder: Path) -> dict[str, Path]:
         num_key_value_heads=4, max_position_embeddings=4096, eos_token_id=511, bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(whole)
-    shutil.copytree(whole, packed)
-    scheme = Scheme(bits=4, group_size=128, sym=True)
-    tensors = {}
-    for name, tensor in load_file(whole / "model.safetensors").items():
-        if name.startswith("model.layers.") and tensor.ndim == 2:
-            parts = pack(*quantize_rtn(tensor, scheme), scheme)
-            tensors |= {f"{name.removesuffix('.weight')}.{key}": value for key, value in parts.items()}
-        else:
-            tensors[name] = tensor
-    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
-    path = packed / "config.json"
-    quantization = {
-        "quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True, "data_type": "int",
-        "packing_format": "auto_round:auto_gptq", "block_name_to_quantize": "model.layers",
-    }  # fmt: skip
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
+    round_component(whole, packed, ("model.layers",))
     return {"BF16": whole, "W4A16": packed}
+
+
+def page(result: dict[str, Any]) -> str:
+    """Return an HTML page of the closed loops: throughput and median latency over the number of callers."""
+    rows = [row for row in result["rows"] if row["loop"].startswith("closed") and not row["replicas"]]
+    charts = []
+    for kind, unit in (("image", "images/s"), ("chat", "tokens/s")):
+        for label, key in (
+            (unit, "per_s" if kind == "image" else "tokens_per_s"),
+            ("median latency, s", "latency_s"),
+        ):
+            series: dict[str, dict[str, float]] = {}
+            for row in rows:
+                if row["kind"] == kind:
+                    value = row[key]["p50"] if key == "latency_s" else row[key]
+                    series.setdefault(row["variant"], {})[row["loop"].partition(", ")[2]] = value
+            if series:
+                callers = list(dict.fromkeys(position for line in series.values() for position in line))
+                charts.append(line_chart(f"{kind}: {label}", "callers", label, callers, series))
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    about = html.escape(f"{result['date']}, {result['machine']}; {versions}; runs of {result['seconds']:g} s.")
+    return f"<!doctype html><html lang=en><meta charset=utf-8><title>Serving</title><p>{about}</p>{''.join(charts)}"
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantkit.cli.console import errors, output
+from quantkit.cli.console import errors, output, show_log
 from quantkit.cli.models import resolve_model
 from quantkit.cli.progress import Bar
 from quantkit.cli.sampling import sampling_of, silence_libraries
@@ -78,7 +78,10 @@ def command(
         int | None, typer.Option("--max-new-tokens", help="Tokens of an answer at most.", rich_help_panel=_WHAT)
     ] = None,
     device: Annotated[
-        str, typer.Option("--device", help="auto, cpu, cuda, xpu ...", rich_help_panel=_HOW)
+        str,
+        typer.Option(
+            "--device", help="auto, cpu, cuda, xpu ...; with a number, all ranks share it.", rich_help_panel=_HOW
+        ),
     ] = "auto",
     dtype: Annotated[
         str, typer.Option("--dtype", help="bfloat16, float16 or float32.", rich_help_panel=_HOW)
@@ -169,6 +172,7 @@ def run_rank(job: Job) -> None:
     from quantkit.generate import run
 
     silence_libraries()
+    show_log("quantkit_runtime")
     unit = "token" if job.request.output is None or job.request.output.suffix == ".txt" else "step"
     with Bar() as bar:
         made = run(job, lambda step, steps: bar("generating", step, steps, f"{unit} {step} of {steps}"))

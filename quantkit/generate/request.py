@@ -34,7 +34,8 @@ class Request:
             suffix, a folder of frames; an answer ``.txt``. None is for answers alone, which are then only returned.
         seed: Of the noise; None draws one.
         sampling: Layers of sampling keys over the family's defaults, the later the stronger.
-        device: ``cpu``, ``cuda``, ``xpu`` ...; ``auto`` is the accelerator if there is one, else the CPU.
+        device: ``cpu``, ``cuda``, ``xpu`` ...; ``auto`` is the accelerator if there is one, else the CPU. Each rank
+            takes an accelerator of its own; with a number, as in ``cuda:0``, all share that one.
         dtype: One of `quantkit.execution.DTYPES`.
         compute: How packed layers compute: ``auto``, ``16bit`` or ``fp8``.
         backend: Kernel backend of packed layers.
@@ -106,13 +107,11 @@ def prepare(request: Request) -> Job:
     family = detect(open_pipeline(request.model))
     sampling = family.sampling_for(*request.sampling)
     _check_inputs(request.prompt, family.name, family.task)
-    device = resolve_device(request.device)
+    resolve_device(request.device)
     resolve_dtype(request.dtype)
     check_backend(request.backend)
     check_compute(request.compute)
     ranks = _count_ranks(request)
-    if ranks > 1 and device.index is not None and ":" in request.device:
-        raise RecipeError(f"--device: '{request.device}': leave the number out; each rank takes its own")
     if request.cfg_parallel > 1 and not family.is_guided(sampling):
         raise UnsupportedModelError(
             f"--cfg-parallel: guidance is off, so there is no second branch to run at the same time: "

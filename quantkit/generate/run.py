@@ -86,7 +86,7 @@ def run(job: Job, on_step: StepCallback | None = None) -> Made | None:
 @contextmanager
 def _ranks(job: Job) -> Iterator[tuple[int, int, torch.device, Any]]:
     """Join the other ranks of a job, if it has any; yield seed, replica, this rank's device and the mesh."""
-    from quantkit_runtime.parallel.launch import device_of_rank, joined, launched
+    from quantkit_runtime.parallel.launch import joined, launched
 
     device = resolve_device(job.request.device)
     if job.ranks == 1 and not launched():
@@ -97,8 +97,7 @@ def _ranks(job: Job) -> Iterator[tuple[int, int, torch.device, Any]]:
     from quantkit_runtime.parallel.agreement import check_same_arguments, shared_seed
     from quantkit_runtime.parallel.mesh import make_mesh
 
-    device = device_of_rank(device.type)
-    with joined(device):
+    with joined(str(device)) as device:
         request, everyone = job.request, (None,)
         # Replicas are rows of their own, which need nothing of each other.
         mesh = make_mesh(device, cfg=request.cfg_parallel * request.replicas, tensor=request.tensor_parallel)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import ranks
+import torch
+import torch.distributed as dist
 
 from quantkit_runtime.errors import ParallelError
-from quantkit_runtime.parallel.launch import device_of_rank, joined, launch
+from quantkit_runtime.parallel.launch import joined, launch
 
 pytestmark = pytest.mark.multi_rank
 
@@ -64,10 +66,55 @@ def wait_for(found, count, seconds=60):
 
 def test_a_process_that_is_no_rank_is_told_to_use_torchrun(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ParallelError, match="start it with torchrun"), joined(device_of_rank("cpu")):
+    with pytest.raises(ParallelError, match="start it with torchrun"), joined("cpu"):
         pass
 
 
-def test_a_numbered_device_is_refused():
-    with pytest.raises(ParallelError, match="leave the number out"):
-        device_of_rank("cuda:1")
+@pytest.fixture
+def join(monkeypatch):
+    """Join as a rank where there are accelerators: ``device, backend = join("cuda", rank=1, ranks=2, cards=1)``."""
+
+    def call(device, *, rank, ranks, cards):
+        for name, value in (
+            ("RANK", rank),
+            ("LOCAL_RANK", rank),
+            ("WORLD_SIZE", ranks),
+            ("LOCAL_WORLD_SIZE", ranks),
+        ):
+            monkeypatch.setenv(name, str(value))
+        chosen = []
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: cards)
+        monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+        monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: chosen.append(backend))
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+        with joined(device) as mine:
+            index, backend = chosen
+        assert index == mine.index
+        return str(mine), backend
+
+    return call
+
+
+def test_ranks_take_an_accelerator_each_and_nccl(join, caplog):
+    assert join("cuda", rank=0, ranks=2, cards=2) == ("cuda:0", "nccl")
+    assert join("cuda", rank=1, ranks=2, cards=2) == ("cuda:1", "nccl")
+    assert join("xpu", rank=1, ranks=2, cards=2) == ("xpu:1", "xccl")
+    assert join("cuda:1", rank=0, ranks=1, cards=2) == ("cuda:1", "nccl")
+    assert not caplog.messages
+
+
+def test_ranks_that_share_an_accelerator_use_gloo_and_one_of_them_says_so(join, caplog):
+    assert join("cuda", rank=1, ranks=2, cards=1) == ("cuda:0", "gloo")
+    assert join("cuda", rank=3, ranks=4, cards=2) == ("cuda:1", "gloo")
+    assert [join("cuda:0", rank=rank, ranks=2, cards=2) for rank in (1, 0)] == [("cuda:0", "gloo")] * 2
+    assert caplog.messages == ["2 ranks share cuda:0: gloo carries what they exchange, through the host"]
+
+
+def test_ranks_that_share_what_gloo_does_not_serve_are_refused(join):
+    with pytest.raises(ParallelError, match=r"^2 ranks share xpu:0, which gloo does not serve; give each its own"):
+        join("xpu", rank=0, ranks=2, cards=1)
+
+
+def test_an_accelerator_that_is_not_there_is_refused(join):
+    with pytest.raises(ParallelError, match=r"^device 'cuda:2': there are 2 accelerators here, numbered from 0$"):
+        join("cuda:2", rank=0, ranks=2, cards=2)

@@ -35,13 +35,13 @@ def take(path, share):
 
 def expected(weight, style, proportions):
     """Return what each rank should have of a dense weight (N, K)."""
-    axis = 0 if style == "column" else 1
+    axis = 1 if style == "row" else 0
     unit = weight.shape[axis] // sum(proportions)
     parts = weight.split([unit * part for part in proportions], dim=axis)
     return [torch.cat([part.chunk(RANKS, dim=axis)[rank] for part in parts], dim=axis) for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("style", ["column", "row"])
+@pytest.mark.parametrize("style", ["column", "gathered", "row"])
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_parts_of_a_packed_layer_are_packed_layers(tmp_path, name, parts, style):
@@ -50,7 +50,7 @@ def test_the_parts_of_a_packed_layer_are_packed_layers(tmp_path, name, parts, st
     stored = pack(*quantize_rtn(weight, scheme), scheme)
     save_file({**stored, "bias": torch.arange(256.0)}, path)
     whole = dequantize(stored, scheme, torch.float32)
-    features = 256 if style == "column" else 512
+    features = 512 if style == "row" else 256
     found = [take(path, share) for share in shares(style, features, PARTS[parts], scheme)]
     for taken, wanted in zip(found, expected(whole, style, PARTS[parts]), strict=True):
         assert torch.equal(dequantize(taken, scheme, torch.float32), wanted)
@@ -64,7 +64,7 @@ def test_the_parts_of_a_packed_layer_are_packed_layers(tmp_path, name, parts, st
             assert torch.equal(taken["bias"], wanted[:, 0])
 
 
-@pytest.mark.parametrize("style", ["column", "row"])
+@pytest.mark.parametrize("style", ["column", "gathered", "row"])
 @pytest.mark.parametrize("parts", PARTS)
 def test_the_parts_of_a_layer_in_16_bit_are_slices(tmp_path, parts, style):
     path = tmp_path / "layer.safetensors"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import torch
 
 from quantkit.families.language import LanguageFamily
 from quantkit.recipe.schema import Sampling
+from tiny.rounding import round_component
 from tiny.tokenizers import WORDS, chat_tokenizer
 
 FAMILY = LanguageFamily(
@@ -53,30 +52,4 @@ def build_chat(folder: Path, *, seed: int = 0, template: bool = True) -> Path:
 
 def round_chat(source: Path, target: Path, *, bits: int = 4, group_size: int = 64) -> Path:
     """Copy a model with the Linears of its layers rounded to nearest and packed; return its folder."""
-    from safetensors.torch import load_file, save_file
-
-    from quantkit_runtime.format import Scheme, pack, quantize_rtn
-
-    shutil.copytree(source, target)
-    scheme = Scheme(bits=bits, group_size=group_size, sym=True)
-    tensors = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
-        layer = name.removesuffix(".weight")
-        if name.startswith("model.layers.") and tensor.ndim == 2:
-            packed = pack(*quantize_rtn(tensor, scheme), scheme)
-            tensors |= {f"{layer}.{key}": value for key, value in packed.items()}
-        else:
-            tensors[name] = tensor
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "auto-round",
-        "bits": bits,
-        "group_size": group_size,
-        "sym": True,
-        "data_type": "int",
-        "packing_format": "auto_round:auto_gptq",
-        "block_name_to_quantize": "model.layers",
-    }
-    (target / "config.json").write_text(json.dumps(config))
-    return target
+    return round_component(source, target, ("model.layers",), bits=bits, group_size=group_size)

@@ -15,7 +15,7 @@ from quantkit_runtime.config import Scheme
 from quantkit_runtime.errors import ParallelError
 from quantkit_runtime.experts import PROJECTIONS
 from quantkit_runtime.parallel.plans import COUNTS, Entry, plan_of
-from quantkit_runtime.parallel.share import AWQ
+from quantkit_runtime.parallel.share import AWQ, BY_OUTPUT
 
 MOST_RANKS = 64
 """Up to here the sizes are tried that a message names."""
@@ -30,7 +30,7 @@ class Cut:
     Attributes:
         name: Of the module.
         what: That is cut, for messages; of the style ``count`` the attribute of the module that is divided.
-        style: ``column``, ``row``, ``norm``, ``experts`` (a module of fused ones) or ``count``.
+        style: As `Share` has it, ``experts`` (a module of fused ones) or ``count``.
         parts: Lengths along the axis, each cut by itself.
         unit: What the length of a piece must be a multiple of.
         why: Of the unit, for messages.
@@ -103,13 +103,14 @@ def _planned(model: nn.Module) -> dict[str, tuple[Any, Entry]]:
 def _cut_linear(
     name: str, linear: Any, style: str, proportions: Sequence[int], scheme: Scheme | None, owner: Any
 ) -> Cut:
-    features = linear.out_features if style == "column" else linear.in_features
-    stored = getattr(linear, f"_tp_packed_{'col' if style == 'column' else 'row'}_blocks", None)  # diffusers'
+    column = style in BY_OUTPUT
+    features = linear.out_features if column else linear.in_features
+    stored = getattr(linear, f"_tp_packed_{'col' if column else 'row'}_blocks", None)  # diffusers'
     proportions = proportions or stored or (1,)
     parts = tuple(features * share // sum(proportions) for share in proportions)
-    what = "out_features" if style == "column" else "in_features"
-    unit, why = _unit(style, scheme)
-    if style == "column" and hasattr(owner, "head_dim"):  # heads stay whole, also those of keys and values
+    what = "out_features" if column else "in_features"
+    unit, why = _unit("column" if column else "row", scheme)
+    if column and hasattr(owner, "head_dim"):  # heads stay whole, also those of keys and values
         whole = math.lcm(unit, int(owner.head_dim))
         unit, why = whole, why if whole == unit else "a head"
     return Cut(name, what, style, parts, unit, why, scheme)

@@ -19,6 +19,7 @@ from quantkit_runtime.errors import ParallelError
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for another before it gives up."""
 
+_log = logging.getLogger("quantkit_runtime")
 _LOGGERS = (
     "torch.distributed.elastic.agent.server.api",
     "torch.distributed.elastic.multiprocessing.api",
@@ -114,50 +115,56 @@ def _trace(message: Any) -> str:
 
 
 def device_of_rank(device: str) -> torch.device:
-    """Return the device of this rank: the accelerator with its local number, or the CPU.
-
-    Ranks share accelerators where there are fewer of them.
+    """Return the device of this rank.
 
     Args:
-        device: Device type without a number, such as ``cuda``.
+        device: ``cpu``; a type of accelerator such as ``cuda``, of which each rank takes its own, or shares one
+            where there are fewer; or one with its number, such as ``cuda:0``, which all ranks share.
 
     Raises:
-        ParallelError: The device has a number.
+        ParallelError: There is no accelerator of that number.
     """
-    chosen = torch.device(device)
-    if ":" in device:
-        raise ParallelError(f"device {device!r}: leave the number out; each rank takes its own")
+    chosen, count = torch.device(device), torch.accelerator.device_count()
     if chosen.type == "cpu":
-        return chosen
-    count = max(torch.accelerator.device_count(), 1)
-    return torch.device(chosen.type, int(os.environ.get("LOCAL_RANK", "0")) % count)
+        return torch.device("cpu")
+    if ":" not in device:
+        return torch.device(chosen.type, int(os.environ.get("LOCAL_RANK", "0")) % max(count, 1))
+    if chosen.index >= count:
+        raise ParallelError(f"device {device!r}: there are {count} accelerators here, numbered from 0")
+    return chosen
 
 
 @contextmanager
-def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[None]:
-    """Be a member of the group of all ranks.
+def joined(device: str, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
+    """Be a member of the group of all ranks, and yield the device of this one.
 
     The backend fits the device: nccl, xccl or gloo; gloo, too, where several ranks share an accelerator. Ranks on
     the CPU divide its cores, unless ``OMP_NUM_THREADS`` says otherwise.
 
     Args:
-        device: Of this rank.
+        device: As `device_of_rank` takes it, the same on all ranks.
         timeout: How long to wait for another rank.
 
     Raises:
-        ParallelError: This process was not started as a rank.
+        ParallelError: This process was not started as a rank, there is no such device, or ranks cannot share it.
     """
     if not launched():
         raise ParallelError("this process is no rank: start it with torchrun")
-    backend = _BACKENDS.get(device.type, "gloo")
+    mine = device_of_rank(device)
+    backend = _BACKENDS.get(mine.type, "gloo")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(device.index or 0)
-        if here > torch.accelerator.device_count():
-            backend = "gloo"
+    if mine.type != "cpu":
+        torch.accelerator.set_device_index(mine.index)
+        places = torch.accelerator.device_count() if ":" not in device else 1
+        if here > places:
+            backend, shared = "gloo", f"{places} accelerators" if places > 1 else str(mine)  # nccl refuses that
+            if mine.type not in dist.Backend.backend_capability[backend]:
+                raise ParallelError(f"{here} ranks share {shared}, which gloo does not serve; give each its own")
+            if os.environ["RANK"] == "0":
+                _log.warning("%d ranks share %s: gloo carries what they exchange, through the host", here, shared)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
     dist.init_process_group(backend, timeout=timeout)
-    yield
+    yield mine
     # Not after an exception: closing the connections would make the other ranks fail before this one has said why.
     dist.destroy_process_group()

@@ -30,8 +30,10 @@ def make_mesh(device: torch.device, *, cfg: int = 1, tensor: int = 1) -> DeviceM
         raise ParallelError(
             f"{cfg} branches by {tensor} shares of the weights take {cfg * tensor} ranks, not {world}"
         )
-    # Groups are made by the default group's backend, whichever type of device the mesh names.
-    return init_device_mesh(device.type, (cfg, tensor), mesh_dim_names=("cfg", "tensor"))
+    names, backend = ("cfg", "tensor"), dist.get_backend()
+    # Where CUDA is there, a mesh adds nccl to gloo unless told; it would refuse ranks that share an accelerator.
+    only: Any = dict.fromkeys(names, backend) if backend == "gloo" else None
+    return init_device_mesh(device.type, (cfg, tensor), mesh_dim_names=names, backend_override=only)
 
 
 def parallel_call(pipeline: Any, mesh: DeviceMesh) -> ParallelPipeline:

@@ -19,6 +19,7 @@ Entry = tuple[str, tuple[int, ...]]
 _COLUMN: Entry = ("column", ())
 _ROW: Entry = ("row", ())
 _NORM: Entry = ("norm", ())
+_GATHERED: Entry = ("gathered", ())
 
 
 def _each(prefix: str, names: Iterable[str], entry: Entry) -> dict[str, Entry]:
@@ -27,8 +28,13 @@ def _each(prefix: str, names: Iterable[str], entry: Entry) -> dict[str, Entry]:
 
 _QKV = ("to_q", "to_k", "to_v")
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+_FLUX_MODULATIONS = {
+    **_each("transformer_blocks.*", ("norm1.linear", "norm1_context.linear"), _GATHERED),
+    "single_transformer_blocks.*.norm.linear": _GATHERED,
+}
 
 _OVIS_IMAGE = {
+    **_FLUX_MODULATIONS,
     **_each("transformer_blocks.*.attn", (*_QKV, *_ADDED), _COLUMN),
     **_each("transformer_blocks.*.attn", ("to_out.0", "to_add_out"), _ROW),
     **_each("transformer_blocks.*", ("ff.net.0.proj", "ff_context.net.0.proj"), ("column", (1, 1))),  # value, gate
@@ -38,6 +44,7 @@ _OVIS_IMAGE = {
     "single_transformer_blocks.*.proj_out": ("row", (1, 4)),  # attention, feed-forward
 }
 _GLM_IMAGE = {
+    "transformer_blocks.*.norm1.linear": _GATHERED,
     **_each("transformer_blocks.*.attn1", _QKV, _COLUMN),
     "transformer_blocks.*.attn1.to_out.0": _ROW,
     "transformer_blocks.*.ff.net.0.proj": _COLUMN,
@@ -58,11 +65,25 @@ _WAN = {
     "blocks.*.ffn.net.0.proj": _COLUMN,
     "blocks.*.ffn.net.2": _ROW,
 }
+_BAGEL = {
+    f"language_model.model.layers.*.{name}{expert}{part}": entry
+    for expert in ("", "_moe_gen")
+    for name, part, entry in (
+        *((f"self_attn.{projection}_proj", "", _COLUMN) for projection in "qkv"),
+        ("self_attn.o_proj", "", _ROW),
+        ("mlp", ".gate_proj", _COLUMN),
+        ("mlp", ".up_proj", _COLUMN),
+        ("mlp", ".down_proj", _ROW),
+    )
+}
 _OWN: Mapping[str, Mapping[str, Entry]] = {
+    "Bagel": _BAGEL,
     "GlmImageTransformer2DModel": _GLM_IMAGE,
     "OvisImageTransformer2DModel": _OVIS_IMAGE,
     "WanTransformer3DModel": _WAN,
 }
+_MORE: Mapping[str, Mapping[str, Entry]] = {"FluxTransformer2DModel": _FLUX_MODULATIONS}
+"""What is cut beside the layers of diffusers' plan."""
 COUNTS: Mapping[str, Mapping[str, str]] = {
     "OvisImageTransformer2DModel": {"single_transformer_blocks.*": "mlp_hidden_dim"},
 }
@@ -94,7 +115,8 @@ def plan_of(model: Any) -> Mapping[str, Entry]:
     if theirs and is_transformers(model):
         return _plan_of_transformers(theirs)
     if theirs:
-        return {key: _translate(style, f"{name}._tp_plan: {key}") for key, style in theirs.items()}
+        translated = {key: _translate(style, f"{name}._tp_plan: {key}") for key, style in theirs.items()}
+        return {**translated, **_MORE.get(name, {})}
     if name not in _OWN:
         raise ParallelError(f"{name}: has no tensor-parallel plan; run it on one rank")
     return _OWN[name]

@@ -12,6 +12,8 @@ from quantkit_runtime.bitstream import WORD_BITS
 from quantkit_runtime.config import Scheme
 
 AWQ = "auto_round:auto_awq"
+BY_OUTPUT = ("column", "gathered")
+"""Styles of Linears that are cut by output features."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Share:
     """What one rank holds of a layer.
 
     Attributes:
-        style: ``column``, ``row`` or ``norm`` (over features that are cut).
+        style: ``column``, ``gathered`` (a column layer of which every rank needs the whole output), ``row`` or
+            ``norm`` (over features that are cut).
         spans: Start and stop of each piece along the axis that is cut, in features.
         features: Along that axis, of the whole layer.
         scheme: How a packed layer is stored; None of one in 16 bit.
@@ -73,7 +76,7 @@ class Share:
 
     def _axis(self, suffix: str) -> tuple[int, int, int]:
         """Return the axis that is cut, and the ratio of its entries to features."""
-        column = self.style == "column"
+        column = self.style in BY_OUTPUT
         if self.scheme is None or suffix not in ("qweight", "qzeros", "scales"):
             return (1 if self.style == "row" else 0), 1, 1
         words = (self.scheme.bits, WORD_BITS)

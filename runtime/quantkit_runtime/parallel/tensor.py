@@ -3,12 +3,14 @@
 A plan names the Linears of a model class that are cut by output features (``column``) and those by input features
 (``row``): a pair of them needs one sum over the ranks, after the second. What a rank holds are ordinary layers of
 smaller size, packed or not; the sum is a hook on the second. Of a row layer's bias the first rank has the values,
-the others have zeros, so that it is added once.
+the others have zeros, so that it is added once. Layers of one row that are in no pair (modulations) are cut by
+output features, too, and their outputs put together again (``gathered``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from quantkit_runtime.experts import PROJECTIONS
 from quantkit_runtime.parallel.agreement import check_same_inputs
 from quantkit_runtime.parallel.cuts import Cut, SchemeOf, list_cuts
-from quantkit_runtime.parallel.share import Share
+from quantkit_runtime.parallel.share import BY_OUTPUT, Share
 
 WATCHED = "inputs_are_watched"
 """Attribute of a model whose ranks are kept in step by its caller."""
@@ -57,15 +59,28 @@ def shard(model: nn.Module, group: dist.ProcessGroup, scheme_of: SchemeOf) -> di
 
 
 def add_sums(model: nn.Module, shares: Mapping[str, Share], group: dist.ProcessGroup) -> None:
-    """Add up the outputs of row layers over the ranks, from now on; of fused experts, that of all together."""
+    """Add up the outputs of row layers over the ranks, from now on; of fused experts, that of all together.
+
+    Those of gathered layers are put together.
+    """
 
     def add_up(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         dist.all_reduce(output, group=group)
         return output
 
+    def put_together(share: Share, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        # A sum with zeros is exact, one operation of all backends, and no slower for a row.
+        whole = output.new_zeros(*output.shape[:-1], share.features)
+        [(start, stop)] = share.spans
+        whole[..., start:stop] = output
+        dist.all_reduce(whole, group=group)
+        return whole
+
     modules = dict(model.named_modules())
     for name, share in shares.items():
-        if share.style == "row":
+        if share.style == "gathered":
+            modules[name].register_forward_hook(partial(put_together, share))
+        elif share.style == "row":
             summed = modules[name] if name in modules else modules[name.rpartition(".")[0]]
             summed.register_forward_hook(add_up)
     model.tensor_parallel_group = group  # type: ignore[assignment]
@@ -122,7 +137,7 @@ def _smaller(module: Any, share: Share, group: dist.ProcessGroup) -> nn.Module:
     with torch.device("meta"):
         if share.style == "norm":
             return ShardedRMSNorm(share.width, share.features, module.eps, group, dtype=dtype)
-        column = share.style == "column"
+        column = share.style in BY_OUTPUT
         return nn.Linear(
             module.in_features if column else share.width,
             share.width if column else module.out_features,

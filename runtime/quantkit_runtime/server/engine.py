@@ -77,9 +77,9 @@ def main() -> None:
 def _start(spec: ModelSpec, inbox: Inbox, stack: ExitStack) -> BatchModel | StreamingModel:
     begin = time.perf_counter()
     if spec.ranks > 1:
-        from quantkit_runtime.parallel.launch import device_of_rank, joined
+        from quantkit_runtime.parallel.launch import joined
 
-        stack.enter_context(joined(device_of_rank(spec.device)))
+        stack.enter_context(joined(spec.device))
         inbox.agree_with(_control_group())
     module, _, function = spec.loader.partition(":")
     load = getattr(import_module(module), function)

@@ -20,7 +20,7 @@ class ModelSpec:
 
     Attributes:
         path: Folder or hub id.
-        device: Device type, with a number only where there is one rank.
+        device: Device type, of which each rank takes its own; with a number, all ranks share that one.
         dtype: Name of a torch dtype, such as ``bfloat16``.
         compute: As `load_pipeline` takes it.
         backend: As `load_pipeline` takes it.
