@@ -275,7 +275,7 @@ class Finished:
     peak_memory_bytes: int
 
 
-FailureKind = Literal["refused", "out_of_memory", "cancelled", "timeout", "engine_down", "internal"]
+FailureKind = Literal["refused", "out_of_memory", "cancelled", "timeout", "engine_down", "stopped", "internal"]
 
 
 @dataclass(frozen=True)
