@@ -179,7 +179,7 @@ def load_chat(_spec):
             inputs=frozenset({"image", "audio"}),
             outputs=frozenset({"text", "audio"}),
             voices=("Chelsie",),
-            max_active=4,
+            max_batch=4,
             description="FakeChat",
         )
     )

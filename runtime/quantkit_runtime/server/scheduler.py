@@ -208,7 +208,7 @@ class Scheduler:
         info = self.engine.info
         while info is not None and self.engine.state == "ready" and self._waiting:
             streams = bool(info.kinds & {"chat", "speech"})
-            if len(self._running) >= (info.max_active if streams else 1):
+            if len(self._running) >= (info.max_batch if streams else 1):
                 break
             self._send(self._next_batch(info.max_batch))
         self._metrics.queue_depth(self._model, self.waiting)
