@@ -179,7 +179,7 @@ def load_chat(_spec):
             inputs=frozenset({"image", "audio"}),
             outputs=frozenset({"text", "audio"}),
             voices=("Chelsie",),
-            max_active=4,
+            max_batch=4,
             description="FakeChat",
         )
     )
@@ -213,16 +213,12 @@ class Running:
 @contextmanager
 def running(settings, *, wait=True):
     """Serve in a thread until the end of the block."""
-    import uvicorn
-
-    from quantkit_runtime.server.app import create_app
-    from quantkit_runtime.server.run import bind
+    from quantkit_runtime.server.run import Server, bind
 
     # The engines find this module by its name.
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-    app = create_app(settings)
-    context = app.state.context
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    server = Server(settings)
+    context = server.context
     loop = asyncio.new_event_loop()
     with bind(settings) as bound:
         thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve(sockets=[bound])))

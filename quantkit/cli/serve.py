@@ -16,7 +16,6 @@ _LIMITS = "Limits"
 _GROWING = "Growing"
 _DEMO_RECIPE = "demo-flux"
 _DRAIN_S = 30.0
-_MAX_BATCH = 4
 _SAMPLING = (
     "height",
     "width",
@@ -103,8 +102,14 @@ def command(
         ),
     ] = False,
     max_batch: Annotated[
-        int, typer.Option("--max-batch", min=1, help="Pictures that run together.", rich_help_panel=_HOW)
-    ] = _MAX_BATCH,
+        int | None,
+        typer.Option(
+            "--max-batch",
+            min=1,
+            help="Pictures or chats that run together; default: 4 pictures, 8 chats.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     warm_up: Annotated[
         bool,
         typer.Option("--warm-up/--no-warm-up", help="Run a small request before the first.", rich_help_panel=_HOW),
@@ -161,7 +166,7 @@ def command(
             "--backend": backend if backend != "auto" else None,
             "--device": device if device != "auto" else None,
             "--exact": exact or None,
-            "--max-batch": max_batch if max_batch != _MAX_BATCH else None,
+            "--max-batch": max_batch,
             "--no-warm-up": None if warm_up else True,
             "--state-dir": state_dir,
             "--drain": drain if drain != _DRAIN_S else None,

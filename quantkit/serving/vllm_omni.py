@@ -85,7 +85,7 @@ _WHY_NOT = {
     "--state-dir": "it keeps video jobs in memory",
     "--no-warm-up": "it has its own start",
     "--exact": "its batches have no such mode",
-    "--max-batch": "it batches pictures by rules of its own",
+    "--max-batch": "it batches requests by rules of its own",
     "--reference": "it serves one model; start it once more for the other",
     "--drain": "it ends running requests in its own time",
     "--log-format": "it writes logs in its own format",

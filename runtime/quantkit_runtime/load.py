@@ -109,6 +109,8 @@ def load_pipeline(
         )
     assert all(getattr(pipeline, name) is model for name, model in packed.items())
     pipeline.to(target)
+    if type(pipeline).__name__ == "GlmImagePipeline":
+        _split_pictures(pipeline.vision_language_encoder)
     if compile:
         compile_pipeline(pipeline)
     return pipeline
@@ -196,6 +198,18 @@ def _assemble(
         with library_errors(folder):
             load_speakers(folder / _SPEAKERS)  # transformers admits nothing but tensors in it
     return model
+
+
+def _split_pictures(encoder: Any) -> None:
+    """Let GLM-Image edit: diffusers 0.42 joins the features of the pictures, transformers 5.23 wants them apart."""
+    tokens_of = encoder.get_image_tokens
+
+    def get_image_tokens(features: Any, grids: Any = None) -> Any:
+        if isinstance(features, torch.Tensor) and features.ndim == 3:  # (pictures x channels, height, width)
+            features = features.chunk(len(grids))
+        return tokens_of(features, grids)
+
+    encoder.get_image_tokens = get_image_tokens
 
 
 def _group(ranks: Any) -> Any:

@@ -117,7 +117,7 @@ def test_attention_that_adds_its_mask_writes_the_same_answers(folders):
 @pytest.fixture(scope="module")
 def omni(folders):
     folder = folders("qwen2.5-omni")
-    return ChatModel(load_model(folder), Reader(folder), max_active=3)
+    return ChatModel(load_model(folder), Reader(folder), max_batch=3)
 
 
 def _request(key, text="Hello", **changes):

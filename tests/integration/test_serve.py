@@ -190,6 +190,30 @@ def test_under_load_with_kill_stop_and_memory_faults_every_request_is_answered_o
                 assert np.abs(serving.pixels_of(answer).astype(int) - right[index % 5]).max() <= 1
 
 
+def test_glm_image_edits_a_picture_through_the_openai_client(tiny_model, tmp_path):
+    def picture(colour):
+        file = io.BytesIO()
+        Image.new("RGB", (96, 64), colour).save(file, "PNG")
+        return file.getvalue()
+
+    with (
+        serving.running(settings_of(tiny_model("glm_image"), tmp_path)) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+
+        def edit(colour, seed, n=1):
+            extra = {"num_inference_steps": 2, "max_sequence_length": 16, "seed": seed}
+            answer = client.images.edit(
+                image=picture(colour), prompt="a red circle", size="64x64", n=n, extra_body=extra
+            )
+            return [decoded(item) for item in answer.data]
+
+        first, second = edit("white", 3, n=2)
+        assert first.shape == (64, 64, 3)
+        assert np.array_equal(edit("white", 4)[0], second)  # picture i has the seed of the request and i
+        assert np.abs(edit("blue", 3)[0] - first).max() > 1
+
+
 @pytest.fixture(scope="module")
 def wan(tiny_model, tmp_path_factory):
     """A Wan pipeline whose guidance runs on two ranks."""

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tiny.chat import build_chat
 
-from quantkit_runtime.server.models import diffusion
+from quantkit_runtime.server.models import diffusion, loader
 from quantkit_runtime.server.models.base import Cancelled, RequestRefusedError
 from quantkit_runtime.server.protocol import ImageRequest, ModelSpec, VideoRequest
 
@@ -100,6 +101,22 @@ def test_what_a_pipeline_refuses_is_the_callers_mistake_and_a_step_can_end_it(lo
 
     with pytest.raises(Cancelled):
         model.run([ImageRequest("a", "x", (1,), 64, 64, {**STEPS, "num_inference_steps": 50})], stop)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "together"),
+    [
+        ("flux", None, 4),
+        ("flux", 12, 12),
+        ("glm_image", 12, 1),  # it draws a batch from one generator
+        ("wan_t2v", 12, 1),  # a video fills a device
+        ("chat", None, 8),
+        ("chat", 12, 12),
+    ],
+)
+def test_how_many_requests_run_together(tiny_model, tmp_path, name, given, together):
+    folder = build_chat(tmp_path / "chat") if name == "chat" else tiny_model(name)
+    assert loader.load(ModelSpec(path=str(folder), max_batch=given)).info.max_batch == together
 
 
 def test_more_pictures_than_run_together_are_drawn_in_parts(load):

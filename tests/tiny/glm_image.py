@@ -42,7 +42,11 @@ def build_glm_image(folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: 
     )
     pipeline = GlmImagePipeline(
         tokenizer=ByT5Tokenizer(extra_ids=0),
-        processor=GlmImageProcessor(GlmImageImageProcessorPil(), tokenizer, chat_template=_TEMPLATE),
+        processor=GlmImageProcessor(
+            GlmImageImageProcessorPil(patch_size=16, temporal_patch_size=1, merge_size=1),
+            tokenizer,
+            chat_template=_TEMPLATE,
+        ),
         text_encoder=T5EncoderModel(
             T5Config(vocab_size=384, d_model=72, d_kv=32, d_ff=64, num_layers=1, num_heads=2)
         ),

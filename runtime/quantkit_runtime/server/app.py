@@ -88,13 +88,21 @@ def _lifespan(context: Context) -> Callable[[FastAPI], AbstractAsyncContextManag
         finally:
             context.started.cancel()
             await asyncio.gather(context.started, return_exceptions=True)
+            await end_requests(context, "the server stops")
             if context.running_jobs is not None:
                 await context.running_jobs.close()
             for deployment in deployments:
                 await deployment.engine.stop()
-                deployment.scheduler.fail_all("the server stops")
 
     return lifespan
+
+
+async def end_requests(context: Context, reason: str) -> None:
+    """Answer all requests that wait or run with an error; video jobs are kept for the next start."""
+    if context.running_jobs is not None:
+        await context.running_jobs.stop()
+    for deployment in context.deployments.by_name.values():
+        deployment.scheduler.close(reason)
 
 
 async def _start(context: Context) -> None:

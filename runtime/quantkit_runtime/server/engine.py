@@ -104,9 +104,7 @@ def _as_asked(info: ModelInfo, spec: ModelSpec) -> ModelInfo:
     if unknown:
         known = ", ".join(sorted(info.parameters | info.defaults.keys()))
         raise SettingsError(f"--default {min(unknown)}: {info.description} takes no such field; it takes {known}")
-    return dataclasses.replace(
-        info, defaults=info.defaults | spec.defaults, max_batch=min(info.max_batch, spec.max_batch)
-    )
+    return dataclasses.replace(info, defaults=info.defaults | spec.defaults)
 
 
 def _phase(inbox: Inbox, name: str, begin: float) -> float:

@@ -70,6 +70,8 @@ def error_of(failed: Failed) -> ApiError:
         return ApiError(507, failed.message, code="out_of_memory", headers=_NO_RETRY)
     if failed.kind == "engine_down":
         return ApiError(503, failed.message, code="engine_down", headers={"Retry-After": "5"})
+    if failed.kind == "stopped":
+        return ApiError(503, failed.message, code="server_stopping", headers={"Retry-After": "5"})
     if failed.kind == "cancelled":
         return ApiError(499, "cancelled by the client", code="cancelled")
     return ApiError(500, "the model failed on this request; the server's log says why", code="internal_error")

@@ -39,11 +39,15 @@ class Jobs:
         self._workers = [asyncio.create_task(self._work(deployment)) for deployment in deployments]
         self._workers.append(asyncio.create_task(self._sweep()))
 
-    async def close(self) -> None:
-        """Stop; what runs is queued again for the next start."""
+    async def stop(self) -> None:
+        """Run no more jobs; what runs is queued again for the next start."""
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Stop, and close the store."""
+        await self.stop()
         await asyncio.to_thread(self._store.close)
 
     async def create(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -22,6 +23,7 @@ _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _QUIET = frozenset({"/health", "/ready", "/metrics"})
 _DEFECT = ApiError(500, "internal error; the server's log says more", code="internal_error")
+_STOPPING = ApiError(503, "the server stops", code="server_stopping", headers={"Retry-After": "5"})
 
 
 class Guard:
@@ -58,6 +60,10 @@ class Guard:
                 await error.response()(scope, receive, send_marked)
             else:
                 await self._app(scope, self._limited(receive), send_marked)
+        except asyncio.CancelledError:  # the server stops and waits no longer, for a slow upload as an example
+            if status == 0:
+                await _STOPPING.response()(scope, receive, send_marked)
+            raise
         except Exception as failure:
             log.error("defect in a request handler", exc_info=failure)
             if status == 0:

@@ -39,7 +39,7 @@ def parse(arguments: list[str]) -> Settings:
         "--exact", action="store_true", help="greedy chats do not depend on the load, but are slower"
     )
     parser.add_argument(
-        "--max-batch", type=int, default=4, help="pictures that run together (default: %(default)s)"
+        "--max-batch", type=int, help="pictures or chats that run together (default: 4 pictures, 8 chats)"
     )
     parser.add_argument("--default", action="append", default=[], metavar="FIELD=VALUE", help="of a request field")
     parser.add_argument("--allow-remote-media", action="store_true", help="fetch URLs that requests name")
@@ -94,7 +94,7 @@ def make_settings(
     cfg_parallel: int,
     tensor_parallel: int,
     exact: bool,
-    max_batch: int,
+    max_batch: int | None,
     warm_up: bool,
     defaults: dict[str, Any],
     log_format: str,
@@ -123,7 +123,7 @@ def make_settings(
     if dtype not in _DTYPES:
         raise SettingsError(f"--dtype {dtype}: use {', '.join(_DTYPES)}")
     for flag, value in (("--max-batch", max_batch), ("--tensor-parallel", tensor_parallel)):
-        if value < 1:
+        if value is not None and value < 1:
             raise SettingsError(f"{flag} {value}: must be at least 1")
     if log_format not in ("json", "text"):
         raise SettingsError(f"--log-format {log_format}: use json or text")

@@ -26,7 +26,7 @@ class ModelSpec:
         backend: As `load_pipeline` takes it.
         cfg_parallel: Ranks that share the guidance branches: 1 or 2.
         tensor_parallel: Ranks that share each layer.
-        max_batch: Pictures that run together, where the model allows as many.
+        max_batch: Pictures or chats that run together, where the model allows several; None is its own default.
         loader: ``module:function`` that makes the model of this spec.
         exact: Chats do not depend on what is written beside them, not even in rounding; see `generation.Batch`.
         warm_up: Run something small before the model counts as ready.
@@ -40,7 +40,7 @@ class ModelSpec:
     backend: str = "auto"
     cfg_parallel: int = 1
     tensor_parallel: int = 1
-    max_batch: int = 4
+    max_batch: int | None = None
     loader: str = "quantkit_runtime.server.models.loader:load"
     exact: bool = False
     warm_up: bool = True
@@ -65,8 +65,8 @@ class ModelInfo:
         voices: Of speech.
         needs_image: It draws from a picture and takes no request without one.
         size_multiple: Width and height must be multiples of it.
-        max_batch: Pictures or videos in one run; 1 where requests cannot run together.
-        max_active: Chats and speeches at once; the engine admits them while others run.
+        max_batch: Pictures in one run, or chats and speeches at once (the engine admits them while others run); 1
+            where requests cannot run together.
         description: Class and similar, for logs.
     """
 
@@ -79,7 +79,6 @@ class ModelInfo:
     needs_image: bool = False
     size_multiple: int = 1
     max_batch: int = 1
-    max_active: int = 1
     description: str = ""
 
 
@@ -275,7 +274,7 @@ class Finished:
     peak_memory_bytes: int
 
 
-FailureKind = Literal["refused", "out_of_memory", "cancelled", "timeout", "engine_down", "internal"]
+FailureKind = Literal["refused", "out_of_memory", "cancelled", "timeout", "engine_down", "stopped", "internal"]
 
 
 @dataclass(frozen=True)

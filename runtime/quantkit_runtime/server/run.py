@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 import time
@@ -11,13 +12,15 @@ import time
 import uvicorn
 
 from quantkit_runtime.errors import QuantkitRuntimeError
-from quantkit_runtime.server.app import create_app
+from quantkit_runtime.server.app import create_app, end_requests
 from quantkit_runtime.server.logs import set_up_logging
 from quantkit_runtime.server.routes.common import Context
 from quantkit_runtime.server.settings import Settings, SettingsError
 from quantkit_runtime.server.tracing import exporting
 
 log = logging.getLogger(__name__)
+
+_LAST_ANSWERS_S = 5.0  # for sending them, once the drain is over
 
 
 def serve(settings: Settings) -> None:
@@ -40,19 +43,45 @@ def serve(settings: Settings) -> None:
         asyncio.run(_serve(settings, bound))
 
 
+class Server(uvicorn.Server):
+    """uvicorn's, which gives callers an answer before it cuts them off.
+
+    Attributes:
+        context: What the app holds.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        app = create_app(settings)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=math.ceil(settings.drain_s + _LAST_ANSWERS_S),
+            )
+        )
+        self.context: Context = app.state.context
+        self._drain_s = settings.drain_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no connections; end what still runs when the drain is over."""
+        ending = asyncio.create_task(self._end_requests())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_requests(self) -> None:
+        await asyncio.sleep(self._drain_s)
+        await end_requests(self.context, f"the server stops; what runs gets {self._drain_s:g} s to end")
+
+
 async def _serve(settings: Settings, bound: socket.socket) -> None:
     begin = time.perf_counter()
-    app = create_app(settings)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(settings.drain_s),
-    )
-    server = uvicorn.Server(config)
+    server = Server(settings)
     serving = asyncio.create_task(server.serve(sockets=[bound]))
-    starting = asyncio.create_task(_wait_started(app.state.context, server))
+    starting = asyncio.create_task(_wait_started(server))
     host, port = bound.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log.info("listening", extra={"url": url, "models": list(settings.models)})
@@ -70,11 +99,11 @@ async def _serve(settings: Settings, bound: socket.socket) -> None:
         starting.cancel()
 
 
-async def _wait_started(context: Context, server: uvicorn.Server) -> None:
+async def _wait_started(server: Server) -> None:
     while not server.started:
         await asyncio.sleep(0.01)
-    assert context.started is not None
-    await asyncio.shield(context.started)
+    assert server.context.started is not None
+    await asyncio.shield(server.context.started)
 
 
 def bind(settings: Settings) -> socket.socket:

@@ -102,6 +102,7 @@ class Scheduler:
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by client, the next client first
         self._running: dict[str, Ticket] = {}
         self._recent_s: deque[float] = deque(maxlen=16)
+        self._closed: str | None = None  # why nothing runs any more
         engine.on_event = self._on_event
         engine.on_ready = self._dispatch
         engine.on_down = self._on_down
@@ -127,8 +128,10 @@ class Scheduler:
             bounded: Whether the queue's limit counts.
 
         Raises:
-            ApiError: The queue is full (429), or the engine never came up (503).
+            ApiError: The queue is full (429), closed or of an engine that never came up (503).
         """
+        if self._closed is not None:
+            raise error_of(Failed(request.id, "stopped", self._closed))
         if self.engine.state in ("failed", "stopped"):
             raise ApiError(503, f"the model does not run: {self.engine.reason}", code="engine_down")
         if bounded and self.waiting >= self._max_queue:
@@ -205,7 +208,7 @@ class Scheduler:
         info = self.engine.info
         while info is not None and self.engine.state == "ready" and self._waiting:
             streams = bool(info.kinds & {"chat", "speech"})
-            if len(self._running) >= (info.max_active if streams else 1):
+            if len(self._running) >= (info.max_batch if streams else 1):
                 break
             self._send(self._next_batch(info.max_batch))
         self._metrics.queue_depth(self._model, self.waiting)
@@ -232,7 +235,7 @@ class Scheduler:
 
     def _in_turn(self) -> list[Ticket]:
         queues = [list(tickets) for tickets in self._waiting.values()]
-        longest = max(len(tickets) for tickets in queues)
+        longest = max(map(len, queues), default=0)
         return [tickets[place] for place in range(longest) for tickets in queues if place < len(tickets)]
 
     def _send(self, batch: list[Ticket]) -> None:
@@ -294,17 +297,18 @@ class Scheduler:
                 log.warning("request will run again", extra={"request_id": ticket.request.id})
             else:
                 self._end(ticket, Failed(ticket.request.id, "engine_down", f"the engine was lost: {reason}"))
-        if self.engine.state == "failed":
-            self.fail_all(reason)
+        if self.engine.state == "failed":  # no other engine will come
+            self._stop_all("engine_down", reason)
 
-    def fail_all(self, reason: str) -> None:
-        """End every ticket, because no engine will come."""
-        for ticket in (
-            [*self._running.values(), *self._in_turn()] if self._waiting else list(self._running.values())
-        ):
-            self._end(ticket, Failed(ticket.request.id, "engine_down", reason))
-        self._waiting.clear()
-        self._running.clear()
+    def close(self, reason: str) -> None:
+        """End every ticket, because the server stops, and take no more."""
+        self._closed = reason
+        self._stop_all("stopped", reason)
+
+    def _stop_all(self, kind: FailureKind, message: str) -> None:
+        for ticket in [*self._running.values(), *self._in_turn()]:
+            if not ticket.has_ended:
+                self._stop(ticket, kind, message)
 
     def _retry_after_s(self) -> int:
         typical = sorted(self._recent_s)[len(self._recent_s) // 2] if self._recent_s else 1.0

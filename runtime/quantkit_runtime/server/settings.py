@@ -100,7 +100,7 @@ class Settings:
         state_dir: Where video jobs are kept.
         limits: See `Limits`.
         patience: When an engine counts as hung.
-        drain_s: Time that running requests get after SIGTERM.
+        drain_s: Time that requests get after SIGTERM; then they are answered with a 503.
         log_format: ``json`` or ``text``.
         cluster: Where to serve; None is this process.
     """

@@ -34,6 +34,7 @@ def settings(tmp_path_factory):
                 "state_dir": tmp_path_factory.mktemp("state"),
                 "limits": limits,
                 "patience": PATIENCE,
+                "drain_s": 5.0,
                 **rest,
             }
         )

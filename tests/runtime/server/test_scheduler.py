@@ -152,7 +152,7 @@ def test_a_timeout_in_the_queue_frees_the_place_and_in_the_engine_cancels(engine
 
 def test_chats_are_sent_one_by_one_as_long_as_the_model_takes_more(run):
     async def body():
-        engine = Notebook(kinds=frozenset({"chat"}), max_active=2, max_batch=1)
+        engine = Notebook(kinds=frozenset({"chat"}), max_batch=2)
         scheduler = scheduler_of(engine)
         for identity in ("a", "b", "c"):
             scheduler.submit(picture(identity), "me", timeout_s=None)

@@ -52,7 +52,7 @@ class StreamingModel(ABC):
     """Admits requests while others run, and moves all of them on together: chat and speech.
 
     The engine calls ``step`` again and again while ``active`` is above zero, and between two steps ``admit`` and
-    ``cancel``. It never has more than ``info.max_active`` admitted.
+    ``cancel``. It never has more than ``info.max_batch`` admitted.
     """
 
     info: ModelInfo

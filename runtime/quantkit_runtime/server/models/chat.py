@@ -41,6 +41,7 @@ _PARAMETERS = frozenset(
         "presence_penalty", "frequency_penalty", "repetition_penalty",
     }
 )  # fmt: skip
+_MAX_BATCH = 8
 _READ_ALOUD = "Repeat after me."  # what a speech answers; the answer is given, so it hardly matters
 
 
@@ -63,7 +64,7 @@ def load(spec: ModelSpec) -> ChatModel:
         compute=spec.compute,
         backend=spec.backend,
     )
-    return ChatModel(model, Reader(Path(spec.path)), exact=spec.exact)
+    return ChatModel(model, Reader(Path(spec.path)), max_batch=spec.max_batch, exact=spec.exact)
 
 
 @dataclass
@@ -94,22 +95,23 @@ class ChatModel(StreamingModel):
     Args:
         model: Of transformers, from `load_model`.
         reader: Of the same folder.
-        max_active: Answers at once.
+        max_batch: Answers at once; None is a default.
         exact: See `Batch`.
     """
 
-    def __init__(self, model: Any, reader: Reader, *, max_active: int = 8, exact: bool = False) -> None:
+    def __init__(self, model: Any, reader: Reader, *, max_batch: int | None = None, exact: bool = False) -> None:
         self._model = model
         self._reader = reader
         writer = getattr(model, "thinker", model)
         if not hasattr(writer, "generate") or writer.get_output_embeddings() is None:
             raise CheckpointFormatError(f"{type(model).__name__}: writes no text, so it cannot be served")
-        self._batch = Batch(writer, reader.tokenizer, max_batch=max_active, exact=exact)
+        most = max_batch or _MAX_BATCH
+        self._batch = Batch(writer, reader.tokenizer, max_batch=most, exact=exact)
         self._active: dict[str, _Active] = {}
         self._to_speak: deque[_ToSpeak] = deque()
         self._speaker: tuple[str, Speaker] | None = None
         self._said: list[Delta] = []
-        self.info = self._describe(writer, max_active)
+        self.info = self._describe(writer, most)
 
     @property
     def active(self) -> int:
@@ -163,7 +165,7 @@ class ChatModel(StreamingModel):
         self._to_speak.clear()
         self._stop_speaking()
 
-    def _describe(self, writer: Any, max_active: int) -> ModelInfo:
+    def _describe(self, writer: Any, max_batch: int) -> ModelInfo:
         found = voices(self._model)
         kinds: tuple[Kind, ...] = ("chat", "speech") if found else ("chat",)
         written = writer.generation_config
@@ -179,7 +181,7 @@ class ChatModel(StreamingModel):
             inputs=self._reader.inputs,
             outputs=frozenset({"text", "audio"} if found else {"text"}),
             voices=found,
-            max_active=max_active,
+            max_batch=max_batch,
             description=type(self._model).__name__,
         )
 

@@ -26,7 +26,7 @@ OPTIONS = (
 )
 """Arguments of pipelines that a request may set, by the same name."""
 
-_MAX_BATCH = 8
+_MAX_BATCH = 4
 _WARM_UP_PIXELS = 256
 
 
@@ -58,10 +58,10 @@ def load(spec: ModelSpec) -> DiffusionModel:
     )
     pipeline.set_progress_bar_config(disable=True)
     if mesh is None:
-        return DiffusionModel(pipeline, pipeline)
+        return DiffusionModel(pipeline, pipeline, spec.max_batch)
     from quantkit_runtime.parallel import parallel_call
 
-    return DiffusionModel(pipeline, parallel_call(pipeline, mesh))
+    return DiffusionModel(pipeline, parallel_call(pipeline, mesh), spec.max_batch)
 
 
 class DiffusionModel(BatchModel):
@@ -70,12 +70,13 @@ class DiffusionModel(BatchModel):
     Args:
         pipeline: The pipeline itself.
         call: What runs it: the pipeline, or `CfgParallel` of it.
+        max_batch: Pictures in one call, if it can draw several; None is a default.
 
     Raises:
         CheckpointFormatError: It takes no prompt, or reports no steps.
     """
 
-    def __init__(self, pipeline: Any, call: Any) -> None:
+    def __init__(self, pipeline: Any, call: Any, max_batch: int | None = None) -> None:
         self.pipeline = pipeline
         self._call = call
         self._takes = inspect.signature(type(pipeline).__call__).parameters
@@ -84,7 +85,7 @@ class DiffusionModel(BatchModel):
                 raise CheckpointFormatError(
                     f"{type(pipeline).__name__}: its call takes no {needed}, so it cannot be served"
                 )
-        self.info = self._describe()
+        self.info = self._describe(max_batch or _MAX_BATCH)
 
     def warm_up(self) -> None:
         """Draw a small picture or video in two steps, with guidance where there is a negative prompt."""
@@ -176,7 +177,7 @@ class DiffusionModel(BatchModel):
         pixels = (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
         return [pixels] if hasattr(output, "frames") else list(pixels)
 
-    def _describe(self) -> ModelInfo:
+    def _describe(self, max_batch: int) -> ModelInfo:
         pipeline, takes = self.pipeline, self._takes
         is_video = "num_frames" in takes
         takes_image = "image" in takes
@@ -202,7 +203,7 @@ class DiffusionModel(BatchModel):
             needs_image=needs_image,
             size_multiple=_size_multiple(pipeline, factor),
             # GLM-Image draws the tokens before the denoising of a whole batch from the first generator.
-            max_batch=1 if is_video or "prior_token_ids" in takes else _MAX_BATCH,
+            max_batch=1 if is_video or "prior_token_ids" in takes else max_batch,
             description=type(pipeline).__name__,
         )
 

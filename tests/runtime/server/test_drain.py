@@ -1,0 +1,100 @@
+"""What requests are told that outlast the drain after SIGTERM."""
+
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import pytest
+import serving
+
+SLOW = {"prompt": "slow", "num_inference_steps": 50}  # 5 s
+TALK = {"messages": [{"role": "user", "content": " ".join(["word"] * 60)}], "max_tokens": 60}  # 1.2 s
+DRAIN_S = 0.4
+
+
+def post(server, path, body):
+    return httpx2.post(f"{server.url}{path}", json=body, timeout=30)
+
+
+@pytest.fixture
+def draining(settings):
+    """Ask for ``requests`` (path and body), and stop the server while they run; returns the answers."""
+
+    def run(kind, *requests, running=1):
+        with ThreadPoolExecutor(len(requests)) as pool:
+            with serving.running(settings(kind, drain_s=DRAIN_S)) as server:
+                waiting = [pool.submit(post, server, *request) for request in requests]
+                serving.until(lambda: server.scheduler.running == running)
+                serving.until(lambda: server.scheduler.waiting == len(requests) - running)
+                began = time.monotonic()
+            assert time.monotonic() - began < DRAIN_S + 3
+            return [answer.result() for answer in waiting]
+
+    return run
+
+
+def assert_told(error):
+    assert (error["code"], error["type"]) == ("server_stopping", "server_error")
+    assert error["message"] == f"the server stops; what runs gets {DRAIN_S} s to end"
+
+
+def test_what_runs_and_what_waits_is_503_with_the_reason(draining):
+    other = {**SLOW, "size": "32x32"}
+    for answer in draining("images", (serving.IMAGES, SLOW), (serving.IMAGES, other)):
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert_told(answer.json()["error"])
+
+
+def test_a_stream_of_pictures_ends_with_an_error_event(draining):
+    [answer] = draining("images", (serving.IMAGES, {**SLOW, "stream": True}))
+    *progress, last = answer.text.removesuffix("\n\n").split("\n\n")
+    assert progress
+    kind, data = last.split("\n")
+    assert kind == "event: error"
+    assert_told(json.loads(data.removeprefix("data: "))["error"])
+
+
+def test_a_chat_is_503_and_a_stream_of_one_ends_with_an_error(draining):
+    path = "/v1/chat/completions"
+    whole, stream = draining("chat", (path, TALK), (path, {**TALK, "stream": True}), running=2)
+    assert whole.status_code == 503
+    assert_told(whole.json()["error"])
+    *pieces, error, end = [line.removeprefix("data: ") for line in stream.text.split("\n\n") if line]
+    assert end == "[DONE]"
+    assert len(pieces) > 1
+    assert_told(json.loads(error)["error"])
+
+
+def test_what_ends_within_the_drain_is_answered(draining):
+    [answer] = draining("images", (serving.IMAGES, {"prompt": "slow", "num_inference_steps": 3}))
+    assert answer.status_code == 200
+
+
+def test_an_upload_that_never_ends_is_503_too(settings):
+    with serving.running(settings("images", drain_s=0.0)) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        caller = socket.create_connection((host, int(port)), timeout=30)
+        head = f"POST {serving.IMAGES} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        caller.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        time.sleep(0.2)
+    with caller, caller.makefile("rb") as answer:
+        assert b" 503 " in answer.readline()
+        assert b"server_stopping" in answer.read()
+
+
+def test_a_job_that_waits_behind_what_outlasts_the_drain_is_kept(settings, tmp_path):
+    def form(**fields):
+        return {name: (None, str(value)) for name, value in fields.items()}
+
+    choice = settings("videos", drain_s=DRAIN_S, state_dir=tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        with serving.running(choice) as server:
+            slow = pool.submit(httpx2.post, f"{server.url}/v1/videos/sync", files=form(**SLOW), timeout=30)
+            serving.until(lambda: server.scheduler.running)
+            job = httpx2.post(f"{server.url}/v1/videos", files=form(prompt="x")).json()["id"]
+            serving.until(lambda: server.scheduler.waiting)
+        assert slow.result().status_code == 503
+    with serving.running(choice) as server:
+        serving.until(lambda: httpx2.get(f"{server.url}/v1/videos/{job}").json()["status"] == "completed")
