@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from quantkit.errors import CheckpointError, MissingExtraError
 
 if TYPE_CHECKING:
-    from quantkit.checkpoint import Pipeline
+    from quantkit.checkpoint import ModelFolder
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -39,7 +39,7 @@ def resolve_model(text: str, revision: str | None = None) -> Path:
     return _download(text, revision)
 
 
-def resolve_for_plan(text: str, revision: str | None = None) -> Path | Pipeline:
+def resolve_for_plan(text: str, revision: str | None = None) -> Path | ModelFolder:
     """Return what a plan needs of a model, see `resolve_model`: weights only if they are here already.
 
     Returns:
@@ -69,10 +69,10 @@ def _find_download(hub_id: str, revision: str | None) -> Path | None:
 
 
 def _holds_weights(folder: Path) -> bool:
-    from quantkit.checkpoint import open_pipeline
+    from quantkit.checkpoint import open_model
 
     try:
-        components = open_pipeline(folder).components.values()
+        components = open_model(folder).components.values()
         return all(part.tensors for part in components if (part.folder / "config.json").is_file())
     except CheckpointError:  # an interrupted download
         return False

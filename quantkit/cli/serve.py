@@ -216,13 +216,13 @@ def command(
 
 def _sampling(folder: Path, recipe: str | None) -> dict[str, Any]:
     """Return the sampling of a recipe, of the model's own, or else of its family; nothing of an unknown family."""
-    from quantkit.checkpoint import open_pipeline
+    from quantkit.checkpoint import open_model
     from quantkit.families.registry import detect
     from quantkit.recipe import find_recipe, load_recipe, recipe_of
 
     loaded = load_recipe(find_recipe(recipe)) if recipe is not None else recipe_of(folder)
     try:
-        family = detect(open_pipeline(folder))
+        family = detect(open_model(folder))
     except UnsupportedModelError:
         return {}
     sampling = family.sampling_for(*([loaded.recipe.sampling] if loaded is not None else []))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from quantkit.checkpoint import Pipeline, open_pipeline
+from quantkit.checkpoint import ModelFolder, open_model
 from quantkit.compare.difference import map_name
 from quantkit.compare.kinds import KINDS, Kind
 from quantkit.compare.pairing import check_same_architecture
@@ -53,7 +53,7 @@ def compare(
     source = request.thresholds_source or f"built in for {request.task}"
     check_names(thresholds, kind.metrics(), source)
     shots = request.shots()
-    reference, candidate = open_pipeline(request.reference), open_pipeline(request.candidate)
+    reference, candidate = open_model(request.reference), open_model(request.candidate)
     family = detect(reference)
     if family.task != request.task:
         raise UnsupportedModelError(
@@ -159,7 +159,7 @@ def _pixels(sampling: Sampling) -> int:
     return (sampling.height or 0) * (sampling.width or 0) * (sampling.num_frames or 1)
 
 
-def _scheduler(model: Pipeline) -> str | None:
+def _scheduler(model: ModelFolder) -> str | None:
     scheduler = model.components.get("scheduler")
     return scheduler.class_name if scheduler is not None else None
 

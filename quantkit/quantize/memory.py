@@ -55,7 +55,7 @@ def estimate_memory(plan: Plan, family: Family, recipe: Recipe) -> CalibrationMe
     samples, max_tokens = recipe.scheme.nsamples, recipe.scheme.seqlen
     largest: CalibrationMemory | None = None
     for part in plan.components:
-        inputs = family.count_block_inputs(plan.pipeline, part.component.name, sampling, max_tokens)
+        inputs = family.count_block_inputs(plan.source, part.component.name, sampling, max_tokens)
         if inputs is None:
             return None
         if inputs.calls == 0:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component, Pipeline
+from quantkit.checkpoint import Component, ModelFolder
 from quantkit.errors import CheckpointError, QuantizationError, RecipeError
 from quantkit.families.base import Family, Linear
 from quantkit.families.serving import VllmOmni
@@ -88,13 +88,13 @@ class Plan:
     """The plan of a whole model."""
 
     family: str
-    pipeline: Pipeline
+    source: ModelFolder
     components: tuple[ComponentPlan, ...]
 
     @property
     def nbytes_before(self) -> int:
         """Bytes of all files of the source."""
-        return sum(component.nbytes for component in self.pipeline.components.values())
+        return sum(component.nbytes for component in self.source.components.values())
 
     @property
     def nbytes_after(self) -> int:
@@ -124,11 +124,11 @@ class Plan:
         }
 
 
-def make_plan(pipeline: Pipeline, family: Family, recipe: Recipe) -> Plan:
+def make_plan(source: ModelFolder, family: Family, recipe: Recipe) -> Plan:
     """Decide which layers of a model are quantized and how.
 
     Args:
-        pipeline: The source.
+        source: The 16-bit model.
         family: The family the source belongs to.
         recipe: Gives the scheme and the choice of layers.
 
@@ -138,9 +138,9 @@ def make_plan(pipeline: Pipeline, family: Family, recipe: Recipe) -> Plan:
     """
     components = []
     for name in _choose_components(family, recipe):
-        if name not in pipeline.components:
-            raise CheckpointError(f"{pipeline.folder}: a {family.name} model needs the component {name}")
-        component = pipeline.components[name]
+        if name not in source.components:
+            raise CheckpointError(f"{source.folder}: a {family.name} model needs the component {name}")
+        component = source.components[name]
         if component.quantization is not None:
             raise CheckpointError(
                 f"{component.folder / 'config.json'}: is quantized already; give the 16-bit original"
@@ -151,7 +151,7 @@ def make_plan(pipeline: Pipeline, family: Family, recipe: Recipe) -> Plan:
     _check_patterns_match(components, recipe)
     if not any(part.layers for part in components):
         raise RecipeError("layers: nothing is left to quantize; widen include or shorten exclude")
-    return Plan(family.name, pipeline, tuple(components))
+    return Plan(family.name, source, tuple(components))
 
 
 def _choose_components(family: Family, recipe: Recipe) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from quantkit.checkpoint import open_pipeline
+from quantkit.checkpoint import open_model
 from quantkit.cli.main import app
 from quantkit.errors import CheckpointError
 from quantkit.quantize import tuning
@@ -265,7 +265,7 @@ def test_a_model_is_recognised_by_its_type_where_no_architecture_is_named(source
     config = json.loads((folder / "config.json").read_text())
     del config["architectures"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert open_pipeline(folder).class_name == "bagel"
+    assert open_model(folder).class_name == "bagel"
     assert len(prepare(load_recipe(RECIPE, ["scheme.group_size=64"]), folder).plan.components[0].layers) == 14
 
 
