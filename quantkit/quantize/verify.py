@@ -65,7 +65,8 @@ def verify(
         on_progress: Told after each layer.
 
     Raises:
-        CheckpointError: If the folder cannot be read as a checkpoint at all, or nothing in it is quantized.
+        CheckpointError: If the folder cannot be read as a checkpoint at all, nothing in it is quantized, or the
+            source is.
     """
     result = Verification()
     written = open_model(checkpoint)
@@ -83,7 +84,7 @@ def verify(
     if planned is not None:
         _check_plan(result, planned)
         result.checked.append("layers and schemes against the plan")
-    original = open_model(source) if source is not None else None
+    original = _open_original(source) if source is not None else None
     _check_values(quantized, original, result, on_progress)
     result.checked.append("scales and zero points")
     if original is not None:
@@ -93,6 +94,16 @@ def verify(
         result.problems += check_hashes(checkpoint, on_progress)
         result.checked.append("sha256 of every file against the manifest")
     return result
+
+
+def _open_original(source: Path) -> ModelFolder:
+    original = open_model(source)
+    for component in original.components.values():
+        if component.quantization is not None:
+            raise CheckpointError(
+                f"{component.folder / 'config.json'}: the source is quantized itself; give the 16-bit original"
+            )
+    return original
 
 
 def _check_weightless(component: Component, result: Verification) -> None:

@@ -258,3 +258,12 @@ def test_a_damaged_checkpoint_is_one_line_for_the_other_verbs_too(
         main()
     assert caught.value.code == 2
     assert capsys.readouterr().err == f"error: {path}: is truncated or no safetensors file; copy it again\n"
+
+
+def test_a_source_that_is_quantized_itself_is_no_original(rtn_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quantkit", "verify", str(rtn_checkpoint), "--source", str(rtn_checkpoint)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    config = rtn_checkpoint / "transformer" / "config.json"
+    assert capsys.readouterr().err == f"error: {config}: the source is quantized itself; give the 16-bit original\n"
