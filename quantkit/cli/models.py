@@ -10,7 +10,9 @@ from quantkit.errors import CheckpointError, MissingExtraError
 
 if TYPE_CHECKING:
     from quantkit.checkpoint import ModelFolder
+    from quantkit.recipe import LoadedRecipe
 
+_DEMO_RECIPE = "demo-flux"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -53,6 +55,27 @@ def resolve_for_plan(text: str, revision: str | None = None) -> Path | ModelFold
     if text not in list_published():
         return resolve_model(text, revision)
     return _find_download(text, revision) or open_published(text)
+
+
+def recipe_for(text: str, folder: Path, given: str | None) -> LoadedRecipe | None:
+    """Return the recipe that says how a model is sampled and judged: the one given, the demo's, or its own.
+
+    Args:
+        text: What the user gave for the model.
+        folder: See `resolve_model`.
+        given: Recipe by path or by name; None if the user gave none.
+
+    Returns:
+        None for a model that was not made with a recipe.
+
+    Raises:
+        RecipeError: If the recipe is not found or not valid.
+    """
+    from quantkit.recipe import find_recipe, load_recipe, recipe_of
+
+    if given is None and text != "demo":
+        return recipe_of(folder)
+    return load_recipe(find_recipe(given or _DEMO_RECIPE))
 
 
 def _find_download(hub_id: str, revision: str | None) -> Path | None:
