@@ -237,6 +237,7 @@ def _print_result(result: Comparison, folder: Path) -> None:
     from quantkit.compare.kinds import KINDS
     from quantkit.compare.metrics import METRICS
     from quantkit.compare.numbers import milliseconds, short, size, times
+    from quantkit.compare.tables import doubt_times
     from quantkit.gate.thresholds import describe
 
     verdict = result.verdict
@@ -260,6 +261,7 @@ def _print_result(result: Comparison, folder: Path) -> None:
         before, after = reference.step_ms.median, candidate.step_ms.median
         step = KINDS[result.task].step
         line += f"; {step} {milliseconds(after)} instead of {milliseconds(before)} ({times(after / before)})"
+        line += doubt_times(result)
     output.print(line, highlight=False)
     colour = _COLOURS[verdict.outcome]
     output.print(f"[bold {colour}]{verdict.outcome}[/] ", end="")

@@ -33,6 +33,11 @@ class Timing(Part):
     p90: float
     count: int
 
+    @property
+    def steady(self) -> bool:
+        """Whether the times agree within a factor of two; else a ratio of medians says little."""
+        return self.p90 <= 2 * self.p10
+
 
 class ModelSide(Part):
     """What was measured of one of the two models.

@@ -219,6 +219,11 @@ def test_a_task_that_the_family_does_not_do(fails, model):
     assert line == "./recipe.yaml: model.task: flux does t2i, not t2v"
 
 
+def test_a_threshold_on_a_metric_that_does_not_exist(fails, model):
+    line = fails(RECIPE + "compare: {thresholds: {pnsr: {min: 30}}}\n", model)
+    assert line == "./recipe.yaml: compare.thresholds: pnsr: unknown metric (did you mean 'psnr'?)"
+
+
 def test_a_missing_prompt_file(fails, model):
     assert fails(TUNED, model).startswith("./recipe.yaml: prompts: no file prompts.txt (looked for ./prompts.txt, ")
 
