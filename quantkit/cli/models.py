@@ -115,5 +115,5 @@ def _download(hub_id: str, revision: str | None) -> Path:
         # diffusers knows which files of a repository its pipeline needs; FLUX.1-dev holds the weights twice.
         return Path(DiffusionPipeline.download(hub_id, revision=revision, use_safetensors=True))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].removeprefix("Got: ")  # as the hub's client says it
         raise CheckpointError(f"{hub_id}: no such folder, and it cannot be downloaded: {reason}") from error

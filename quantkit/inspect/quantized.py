@@ -94,7 +94,7 @@ class QuantizedModel:
                 for name, settings in extra.items()
             }
             return QuantizationConfig.from_dict(readable)
-        except (AttributeError, CheckpointFormatError):
+        except (AttributeError, CheckpointFormatError):  # the rules about metadata tell
             return None
 
     def scheme_of(self, layer: str) -> Scheme | None:

@@ -33,7 +33,7 @@ def library_versions() -> dict[str, str]:
     for name in _LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        except importlib.metadata.PackageNotFoundError:  # rounding does without auto-round
             continue
     return versions
 

@@ -30,7 +30,7 @@ def shares(style, features, proportions, scheme):
 
 def take(path, share):
     with safe_open(path, framework="pt") as file:
-        return {name: share.take(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+        return {name: share.take(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def expected(weight, style, proportions):

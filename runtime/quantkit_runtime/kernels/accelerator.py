@@ -34,7 +34,7 @@ _CAPABILITY = (8, 0)
 _CAPABILITY_FP8 = (8, 9)
 _MAX_UNSORTED_SLOTS = 128
 _MAX_BLOCK_ROWS = 64
-_MAX_E4M3 = 448.0
+_MAX_E4M3 = torch.finfo(torch.float8_e4m3fn).max
 _MAX_JOINED_FEATURES = 8192
 
 
