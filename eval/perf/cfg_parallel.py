@@ -160,7 +160,8 @@ def round_weights(source: Path, target: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     from quantkit_runtime.config import Scheme
-    from quantkit_runtime.format import pack, quantize_rtn
+    from quantkit_runtime.format import pack
+    from quantkit_runtime.rounding import quantize_rtn
 
     shutil.copytree(source, target)
     scheme = Scheme(group_size=GROUP_SIZE)

@@ -193,7 +193,8 @@ def make_chats(folder: Path) -> dict[str, Path]:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from quantkit_runtime.format import Scheme, pack, quantize_rtn
+    from quantkit_runtime.format import Scheme, pack
+    from quantkit_runtime.rounding import quantize_rtn
 
     whole, packed = folder / "chat", folder / "chat-w4a16"
     torch.manual_seed(0)

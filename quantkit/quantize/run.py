@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from quantkit.quantize.card import render_card
 from quantkit.quantize.devices import resolve_devices
 from quantkit.quantize.export import place_untouched, write_component, write_json
 from quantkit.quantize.jobs import fingerprint, identify, make_job
-from quantkit.quantize.manifest import SCHEMA_VERSION, hash_files, library_versions
+from quantkit.quantize.manifest import describe_run, hash_files, library_versions
 from quantkit.quantize.memory import CalibrationMemory, cache_fits, check_memory, estimate_memory, keys_to_lower
-from quantkit.quantize.plan import ComponentPlan, Plan, PlannedLayer, make_plan, quantization_config
+from quantkit.quantize.metadata import quantization_config
+from quantkit.quantize.plan import ComponentPlan, Plan, PlannedLayer, make_plan
 from quantkit.quantize.progress import OnNotice, OnProgress, Progress, ignore
 from quantkit.quantize.resume import TunedBlocks, open_blocks
 from quantkit.quantize.rtn import Pack, round_to_nearest
@@ -189,7 +189,16 @@ def quantize(
             )
         errors = _verify(staging.content, plan, on_progress)
         seconds = time.monotonic() - started
-        manifest = _manifest(prepared, errors, tuned, versions, devices[0], seconds, staging.content)
+        manifest = describe_run(
+            prepared.loaded,
+            plan,
+            errors,
+            tuned,
+            versions=versions,
+            device=devices[0],
+            seconds=seconds,
+            nbytes=sum(component.nbytes for component in open_model(staging.content).components.values()),
+        )
         servability = check_natural_targets(staging.content)
         manifest["servability"] = {target: [vars(one) for one in found] for target, found in servability.items()}
         (staging.content / "README.md").write_text(render_card(manifest), encoding="utf-8")
@@ -275,57 +284,3 @@ def _verify(checkpoint: Path, plan: Plan, on_progress: OnProgress) -> list[Layer
         error.add_note("\n".join(result.problems))
         raise error
     return result.errors
-
-
-def _manifest(
-    prepared: Prepared,
-    errors: list[LayerError],
-    tuned: Tuned | None,
-    versions: dict[str, str],
-    device: str,
-    seconds: float,
-    checkpoint: Path,
-) -> dict[str, Any]:
-    loaded, plan = prepared.loaded, prepared.plan
-    described = plan.as_dict()
-    for error in errors:
-        described[error.component]["layers"][error.name] |= {
-            "relative_l2": error.relative_l2,
-            "rtn_relative_l2": error.rtn_relative_l2,
-        }
-    after = sum(component.nbytes for component in open_model(checkpoint).components.values())
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "family": plan.family,
-        "source": {"id": _public_name(loaded.recipe.model.id), "revision": loaded.recipe.model.revision},
-        "recipe": {
-            "name": loaded.path.name,
-            "sha256": loaded.sha256,
-            "overrides": list(loaded.overrides),
-            "effective": loaded.recipe.model_dump(mode="json"),
-        },
-        "samples": loaded.recipe.scheme.nsamples if loaded.recipe.scheme.tuned else 0,
-        "plan": described,
-        "block_losses": [] if tuned is None else [vars(loss) for loss in tuned.losses],
-        "sizes": {"before": plan.nbytes_before, "after": after},
-        "versions": versions,
-        "run": {
-            "device": device,
-            "threads": _threads(),
-            "seconds": round(seconds, 1),
-            "resumed_blocks": 0 if tuned is None else tuned.resumed,
-            "cached_bytes": 0 if tuned is None else tuned.cached_nbytes,
-        },
-    }
-
-
-def _public_name(model_id: str) -> str:
-    """Return a model's hub id, or the name of its folder without the path to it."""
-    return Path(model_id).name if Path(model_id).is_dir() else model_id
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()

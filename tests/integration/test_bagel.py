@@ -20,8 +20,9 @@ from quantkit.quantize.verify import verify
 from quantkit.recipe import load_recipe
 from quantkit_runtime import load_model
 from quantkit_runtime.config import Scheme
-from quantkit_runtime.format import dequantize, pack, quantize_rtn
+from quantkit_runtime.format import dequantize, pack
 from quantkit_runtime.linear import W4A16Linear
+from quantkit_runtime.rounding import quantize_rtn
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "bagel.yaml"
 BLOCKS = "language_model.model.layers"

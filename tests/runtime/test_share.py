@@ -6,9 +6,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from quantkit_runtime.config import Scheme
-from quantkit_runtime.format import dequantize, pack, quantize_rtn
+from quantkit_runtime.format import dequantize, pack
 from quantkit_runtime.parallel.cuts import Cut
 from quantkit_runtime.parallel.share import Share
+from quantkit_runtime.rounding import quantize_rtn
 
 SCHEMES = {
     "gptq": Scheme(group_size=32),

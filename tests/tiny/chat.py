@@ -55,7 +55,8 @@ def round_chat(source: Path, target: Path, *, bits: int = 4, group_size: int = 6
     """Copy a model with the Linears of its layers rounded to nearest and packed; return its folder."""
     from safetensors.torch import load_file, save_file
 
-    from quantkit_runtime.format import Scheme, pack, quantize_rtn
+    from quantkit_runtime.format import Scheme, pack
+    from quantkit_runtime.rounding import quantize_rtn
 
     shutil.copytree(source, target)
     scheme = Scheme(bits=bits, group_size=group_size, sym=True)

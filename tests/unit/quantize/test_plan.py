@@ -5,7 +5,8 @@ import pytest
 from quantkit.checkpoint import open_model
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.families.registry import detect
-from quantkit.quantize.plan import make_plan, quantization_config
+from quantkit.quantize.metadata import quantization_config
+from quantkit.quantize.plan import make_plan
 from quantkit.recipe.schema import Recipe
 
 DOUBLE = [
