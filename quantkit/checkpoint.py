@@ -73,7 +73,7 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class ModelFolder:
     """A model folder: a pipeline in diffusers' layout, or a single model, which is its only component."""
 
     folder: Path
@@ -94,7 +94,7 @@ class Pipeline:
         return [path for path in walk_files(self.folder) if not inside.intersection(path.parents)]
 
 
-def open_pipeline(folder: Path) -> Pipeline:
+def open_model(folder: Path) -> ModelFolder:
     """Read what a model folder holds: a diffusers pipeline, or a single model with its ``config.json`` in the root.
 
     Raises:
@@ -122,10 +122,10 @@ def open_pipeline(folder: Path) -> Pipeline:
             raise CheckpointError(f"{index_path}: {name}: its folder is missing; download the model again")
         components[name] = Component(name, entry[0], entry[1], folder / name)
     config = {name: entry for name, entry in index.items() if not isinstance(entry, list)}
-    return Pipeline(folder, class_name, components, config)
+    return ModelFolder(folder, class_name, components, config)
 
 
-def _open_single_model(folder: Path) -> Pipeline:
+def _open_single_model(folder: Path) -> ModelFolder:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise CheckpointError(
@@ -138,7 +138,7 @@ def _open_single_model(folder: Path) -> Pipeline:
     match config:
         case {"architectures": [str(class_name), *_]} | {"model_type": str(class_name)}:
             component = Component(SINGLE_MODEL, "transformers", class_name, folder)
-            return Pipeline(folder, class_name, {SINGLE_MODEL: component})
+            return ModelFolder(folder, class_name, {SINGLE_MODEL: component})
     raise CheckpointError(f"{config_path}: architectures: is missing; it must name the model's class")
 
 

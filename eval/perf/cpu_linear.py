@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantkit_runtime import W4A16Experts, W4A16Linear
-from quantkit_runtime.format import Scheme, dequantize, pack, quantize_rtn
+from quantkit_runtime.format import Scheme, dequantize, pack
+from quantkit_runtime.rounding import quantize_rtn
 
 SHAPES = ((3072, 3072), (3072, 12288), (12288, 3072), (5120, 13824))
 ROWS = (1, 2, 4, 8, 16, 64, 512, 2048)

@@ -46,7 +46,8 @@ from measuring import (
 )
 from quantkit_runtime import W4A16Linear
 from quantkit_runtime.errors import QuantkitRuntimeError
-from quantkit_runtime.format import dequantize, pack, quantize_rtn
+from quantkit_runtime.format import dequantize, pack
+from quantkit_runtime.rounding import quantize_rtn
 
 # (K, N): FLUX.1-dev and GLM-Image-like widths, Wan2.2 A14B, Qwen2.5-Omni, Qwen3-Omni.
 SHAPES = (

@@ -14,7 +14,8 @@ def round_component(source: Path, target: Path, blocks: tuple[str, ...]) -> None
     from safetensors.torch import load_file, save_file
 
     from quantkit_runtime.config import Scheme
-    from quantkit_runtime.format import pack, quantize_rtn
+    from quantkit_runtime.format import pack
+    from quantkit_runtime.rounding import quantize_rtn
 
     shutil.copytree(source, target, copy_function=shutil.copyfile)  # the source's files may be read-only
     scheme = Scheme(group_size=GROUP_SIZE)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantkit.cli import options
 from quantkit.cli.console import new_table, output, show_log
-from quantkit.cli.models import resolve_model
+from quantkit.cli.models import recipe_for, resolve_model
 from quantkit.cli.progress import Bar
 from quantkit.cli.sampling import sampling_of, silence_libraries
 from quantkit.errors import RecipeError
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 _COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
 _MODELS = "Models and output"
-_WHAT = "What to generate"
-_HOW = "How to run"
 
 
 def command(
@@ -60,73 +59,55 @@ def command(
     ] = False,
     task: Annotated[
         str | None,
-        typer.Option("--task", help="t2i, t2v, i2v or chat; default: the recipe's.", rich_help_panel=_WHAT),
+        typer.Option("--task", help="t2i, t2v, i2v or chat; default: the recipe's.", rich_help_panel=options.WHAT),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Text; repeatable.", rich_help_panel=_WHAT)
+        list[str] | None, typer.Option("--prompt", "-p", help="Text; repeatable.", rich_help_panel=options.WHAT)
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option("--prompts", help="File of prompts, by path or by name.", rich_help_panel=_WHAT)
+        str | None,
+        typer.Option("--prompts", help="File of prompts, by path or by name.", rich_help_panel=options.WHAT),
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option("--image", help="Picture that every --prompt starts from (i2v).", rich_help_panel=_WHAT),
+        typer.Option(
+            "--image", help="Picture that every --prompt starts from (i2v).", rich_help_panel=options.WHAT
+        ),
     ] = None,
     seeds: Annotated[
         str | None,
-        typer.Option("--seeds", help="Seeds, e.g. 1,2,3; each with every prompt.", rich_help_panel=_WHAT),
+        typer.Option("--seeds", help="Seeds, e.g. 1,2,3; each with every prompt.", rich_help_panel=options.WHAT),
     ] = None,
-    height: Annotated[int | None, typer.Option("--height", help="Pixels.", rich_help_panel=_WHAT)] = None,
-    width: Annotated[int | None, typer.Option("--width", help="Pixels.", rich_help_panel=_WHAT)] = None,
-    num_frames: Annotated[
-        int | None, typer.Option("--num-frames", help="Frames of a video.", rich_help_panel=_WHAT)
-    ] = None,
-    num_inference_steps: Annotated[
-        int | None, typer.Option("--num-inference-steps", help="Denoising steps.", rich_help_panel=_WHAT)
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", help="Guidance scale.", rich_help_panel=_WHAT)
-    ] = None,
-    guidance_scale_2: Annotated[
-        float | None,
-        typer.Option("--guidance-scale-2", help="Guidance scale of the second expert.", rich_help_panel=_WHAT),
-    ] = None,
-    true_cfg_scale: Annotated[
-        float | None,
-        typer.Option("--true-cfg-scale", help="Classifier-free guidance, above 1.", rich_help_panel=_WHAT),
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option("--negative-prompt", help="What to guide away from.", rich_help_panel=_WHAT)
-    ] = None,
-    max_sequence_length: Annotated[
-        int | None, typer.Option("--max-sequence-length", help="Text tokens.", rich_help_panel=_WHAT)
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", help="Tokens of an answer at most.", rich_help_panel=_WHAT)
-    ] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="auto, cpu, cuda, xpu ...", rich_help_panel=_HOW)
-    ] = "auto",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="bfloat16, float16 or float32.", rich_help_panel=_HOW)
-    ] = "bfloat16",
-    backend: Annotated[
-        str, typer.Option("--backend", help="Kernels of packed layers: auto, or one by name.", rich_help_panel=_HOW)
-    ] = "auto",
+    height: options.Height = None,
+    width: options.Width = None,
+    num_frames: options.NumFrames = None,
+    num_inference_steps: options.NumInferenceSteps = None,
+    guidance_scale: options.GuidanceScale = None,
+    guidance_scale_2: options.GuidanceScale2 = None,
+    true_cfg_scale: options.TrueCfgScale = None,
+    negative_prompt: options.NegativePrompt = None,
+    max_sequence_length: options.MaxSequenceLength = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "bfloat16",
+    compute: options.Compute = "auto",
+    backend: options.Backend = "auto",
     compile_blocks: Annotated[
         bool,
-        typer.Option("--compile", help="Compile the repeated blocks of both models.", rich_help_panel=_HOW),
+        typer.Option("--compile", help="Compile the repeated blocks of both models.", rich_help_panel=options.HOW),
     ] = False,
     lpips_backbone: Annotated[
         Path | None,
-        typer.Option("--lpips-backbone", help="AlexNet weights; default: torch hub's cache.", rich_help_panel=_HOW),
+        typer.Option(
+            "--lpips-backbone", help="AlexNet weights; default: torch hub's cache.", rich_help_panel=options.HOW
+        ),
     ] = None,
     noise_floor: Annotated[
         bool,
         typer.Option(
             "--noise-floor/--no-noise-floor",
             help="Run the reference's first prompt twice, to see what differs by itself.",
-            rich_help_panel=_HOW,
+            rich_help_panel=options.HOW,
         ),
     ] = True,
 ) -> None:
@@ -135,10 +116,8 @@ def command(
     Writes report.html, result.json and the images or videos. The verdict comes from the recipe's thresholds, else
     from built-in ones; it decides the exit code only with --gate.
     """
-    from quantkit.recipe import find_recipe, load_recipe, recipe_of
-
     candidate_folder = resolve_model(candidate)
-    loaded = load_recipe(find_recipe(recipe)) if recipe is not None else recipe_of(candidate_folder)
+    loaded = recipe_for(candidate, candidate_folder, recipe)
     if reference is None and loaded is None:
         raise RecipeError("--reference: give the model to compare with, or a recipe that names it")
     flags = sampling_of(
@@ -180,6 +159,7 @@ def command(
         thresholds_source=f"{loaded.path}: compare.thresholds" if loaded is not None and given else "",
         device=device,
         dtype=dtype,
+        compute=compute,
         backend=backend,
         compile=compile_blocks,
         lpips_backbone=lpips_backbone,
@@ -257,6 +237,7 @@ def _print_result(result: Comparison, folder: Path) -> None:
     from quantkit.compare.kinds import KINDS
     from quantkit.compare.metrics import METRICS
     from quantkit.compare.numbers import milliseconds, short, size, times
+    from quantkit.compare.tables import doubt_times
     from quantkit.gate.thresholds import describe
 
     verdict = result.verdict
@@ -280,6 +261,7 @@ def _print_result(result: Comparison, folder: Path) -> None:
         before, after = reference.step_ms.median, candidate.step_ms.median
         step = KINDS[result.task].step
         line += f"; {step} {milliseconds(after)} instead of {milliseconds(before)} ({times(after / before)})"
+        line += doubt_times(result)
     output.print(line, highlight=False)
     colour = _COLOURS[verdict.outcome]
     output.print(f"[bold {colour}]{verdict.outcome}[/] ", end="")

@@ -7,25 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantkit.cli import options
 from quantkit.cli.console import errors, output, show_log
-from quantkit.cli.models import resolve_model
+from quantkit.cli.models import recipe_for, resolve_model
 from quantkit.cli.progress import Bar
 from quantkit.cli.sampling import sampling_of, silence_libraries
 from quantkit.errors import RecipeError
 
 if TYPE_CHECKING:
     from quantkit.generate import Job
-    from quantkit.recipe import LoadedRecipe
 
-_WHAT = "What to generate"
-_HOW = "How to run"
 _RANKS = "Several ranks"
-_DEMO_RECIPE = "demo-flux"
 
 
 def command(
     model: Annotated[str, typer.Argument(help="Model, quantized or not: path, hub id or 'demo'.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text.", rich_help_panel=_WHAT)],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text.", rich_help_panel=options.WHAT)],
     output_path: Annotated[
         Path | None,
         typer.Option(
@@ -38,60 +35,40 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="Sampling; default: the model's own.", rich_help_panel=_WHAT),
+        typer.Option("--recipe", "-r", help="Sampling; default: the model's own.", rich_help_panel=options.WHAT),
     ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option("--negative-prompt", help="What to guide away from.", rich_help_panel=_WHAT)
-    ] = None,
+    negative_prompt: options.NegativePrompt = None,
     image: Annotated[
-        Path | None, typer.Option("--image", help="Picture to start from or to ask about.", rich_help_panel=_WHAT)
+        Path | None,
+        typer.Option("--image", help="Picture to start from or to ask about.", rich_help_panel=options.WHAT),
     ] = None,
     audio: Annotated[
-        Path | None, typer.Option("--audio", help="Sound (WAV) to ask about.", rich_help_panel=_WHAT)
+        Path | None, typer.Option("--audio", help="Sound (WAV) to ask about.", rich_help_panel=options.WHAT)
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", help="Of the noise; default: one is drawn.", rich_help_panel=_WHAT)
+        int | None,
+        typer.Option("--seed", help="Of the noise; default: one is drawn.", rich_help_panel=options.WHAT),
     ] = None,
-    height: Annotated[int | None, typer.Option("--height", help="Pixels.", rich_help_panel=_WHAT)] = None,
-    width: Annotated[int | None, typer.Option("--width", help="Pixels.", rich_help_panel=_WHAT)] = None,
-    num_frames: Annotated[
-        int | None, typer.Option("--num-frames", help="Frames of a video.", rich_help_panel=_WHAT)
-    ] = None,
-    num_inference_steps: Annotated[
-        int | None, typer.Option("--num-inference-steps", help="Denoising steps.", rich_help_panel=_WHAT)
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", help="Guidance scale.", rich_help_panel=_WHAT)
-    ] = None,
-    guidance_scale_2: Annotated[
-        float | None,
-        typer.Option("--guidance-scale-2", help="Guidance scale of the second expert.", rich_help_panel=_WHAT),
-    ] = None,
-    true_cfg_scale: Annotated[
-        float | None,
-        typer.Option("--true-cfg-scale", help="Classifier-free guidance, above 1.", rich_help_panel=_WHAT),
-    ] = None,
-    max_sequence_length: Annotated[
-        int | None, typer.Option("--max-sequence-length", help="Text tokens.", rich_help_panel=_WHAT)
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", help="Tokens of an answer at most.", rich_help_panel=_WHAT)
-    ] = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    num_frames: options.NumFrames = None,
+    num_inference_steps: options.NumInferenceSteps = None,
+    guidance_scale: options.GuidanceScale = None,
+    guidance_scale_2: options.GuidanceScale2 = None,
+    true_cfg_scale: options.TrueCfgScale = None,
+    max_sequence_length: options.MaxSequenceLength = None,
+    max_new_tokens: options.MaxNewTokens = None,
     device: Annotated[
         str,
         typer.Option(
-            "--device", help="auto, cpu, cuda, xpu ...; with a number, all ranks share it.", rich_help_panel=_HOW
+            "--device",
+            help="auto, cpu, cuda, xpu ...; with a number, all ranks share it.",
+            rich_help_panel=options.HOW,
         ),
     ] = "auto",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="bfloat16, float16 or float32.", rich_help_panel=_HOW)
-    ] = "bfloat16",
-    compute: Annotated[
-        str, typer.Option("--compute", help="Of packed layers: auto, 16bit or fp8.", rich_help_panel=_HOW)
-    ] = "auto",
-    backend: Annotated[
-        str, typer.Option("--backend", help="Kernels of packed layers: auto, or one by name.", rich_help_panel=_HOW)
-    ] = "auto",
+    dtype: options.Dtype = "bfloat16",
+    compute: options.Compute = "auto",
+    backend: options.Backend = "auto",
     cfg_parallel: Annotated[
         int,
         typer.Option(
@@ -120,7 +97,7 @@ def command(
     from quantkit.recipe.prompts import Prompt
 
     folder = resolve_model(model)
-    loaded = _recipe(model, folder, recipe)
+    loaded = recipe_for(model, folder, recipe)
     flags = sampling_of(
         height=height,
         width=width,
@@ -185,12 +162,3 @@ def run_rank(job: Job) -> None:
     seed = "" if made.text is not None else f"seed {made.seed}, "
     errors.print(f"{seed}{made.steps} {unit}s in {made.seconds:.1f} s", highlight=False, soft_wrap=True)
     output.print(str(made.output), markup=False, highlight=False, soft_wrap=True)
-
-
-def _recipe(model: str, folder: Path, given: str | None) -> LoadedRecipe | None:
-    """Return the recipe that says how a model is sampled: the one given, the demo's, or the checkpoint's own."""
-    from quantkit.recipe import find_recipe, load_recipe, recipe_of
-
-    if given is None and model != "demo":
-        return recipe_of(folder)
-    return load_recipe(find_recipe(given or _DEMO_RECIPE))

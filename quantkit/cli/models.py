@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from quantkit.errors import CheckpointError, MissingExtraError
 
 if TYPE_CHECKING:
-    from quantkit.checkpoint import Pipeline
+    from quantkit.checkpoint import ModelFolder
+    from quantkit.recipe import LoadedRecipe
 
+_DEMO_RECIPE = "demo-flux"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -39,7 +41,7 @@ def resolve_model(text: str, revision: str | None = None) -> Path:
     return _download(text, revision)
 
 
-def resolve_for_plan(text: str, revision: str | None = None) -> Path | Pipeline:
+def resolve_for_plan(text: str, revision: str | None = None) -> Path | ModelFolder:
     """Return what a plan needs of a model, see `resolve_model`: weights only if they are here already.
 
     Returns:
@@ -53,6 +55,27 @@ def resolve_for_plan(text: str, revision: str | None = None) -> Path | Pipeline:
     if text not in list_published():
         return resolve_model(text, revision)
     return _find_download(text, revision) or open_published(text)
+
+
+def recipe_for(text: str, folder: Path, given: str | None) -> LoadedRecipe | None:
+    """Return the recipe that says how a model is sampled and judged: the one given, the demo's, or its own.
+
+    Args:
+        text: What the user gave for the model.
+        folder: See `resolve_model`.
+        given: Recipe by path or by name; None if the user gave none.
+
+    Returns:
+        None for a model that was not made with a recipe.
+
+    Raises:
+        RecipeError: If the recipe is not found or not valid.
+    """
+    from quantkit.recipe import find_recipe, load_recipe, recipe_of
+
+    if given is None and text != "demo":
+        return recipe_of(folder)
+    return load_recipe(find_recipe(given or _DEMO_RECIPE))
 
 
 def _find_download(hub_id: str, revision: str | None) -> Path | None:
@@ -69,10 +92,10 @@ def _find_download(hub_id: str, revision: str | None) -> Path | None:
 
 
 def _holds_weights(folder: Path) -> bool:
-    from quantkit.checkpoint import open_pipeline
+    from quantkit.checkpoint import open_model
 
     try:
-        components = open_pipeline(folder).components.values()
+        components = open_model(folder).components.values()
         return all(part.tensors for part in components if (part.folder / "config.json").is_file())
     except CheckpointError:  # an interrupted download
         return False
@@ -92,5 +115,5 @@ def _download(hub_id: str, revision: str | None) -> Path:
         # diffusers knows which files of a repository its pipeline needs; FLUX.1-dev holds the weights twice.
         return Path(DiffusionPipeline.download(hub_id, revision=revision, use_safetensors=True))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].removeprefix("Got: ")  # as the hub's client says it
         raise CheckpointError(f"{hub_id}: no such folder, and it cannot be downloaded: {reason}") from error

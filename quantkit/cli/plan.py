@@ -22,7 +22,7 @@ def print_plan(plan: Plan, title: str) -> None:
     table = new_table("", "component", "scheme", *numbers, right=numbers)
     planned = {part.component.name: part for part in plan.components}
     parameters = 0
-    for name, component in plan.pipeline.components.items():
+    for name, component in plan.source.components.items():
         if not component.tensors:
             continue
         parameters += component.parameters

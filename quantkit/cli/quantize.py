@@ -59,9 +59,11 @@ def command(
         # A local path is nobody else's business: the checkpoint records the folder's name.
         name = Path(model).resolve().name if Path(model).is_dir() else model
         given.append(f"model.id={json.dumps(name)}")  # in quotes: a folder may be called 1e5 or null
+    from quantkit.compare.kinds import check_thresholds
     from quantkit.recipe import find_recipe, load_recipe
 
     loaded = load_recipe(find_recipe(recipe), given)
+    check_thresholds(loaded)  # the comparison would refuse them, hours later
     if dry_run:  # transformers warns of keys that no plan depends on, and reads its level when it is imported
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     resolve = resolve_for_plan if dry_run else resolve_model
@@ -112,8 +114,9 @@ def _print_result(result: Quantized, target: Path) -> None:
     worst = max(errors, key=errors.__getitem__)
     output.print(
         f"{len(errors)} layers packed and verified in {result.seconds:.0f} s; relative weight error "
-        f"{median(errors.values()):.4f} (median), {errors[worst]:.4f} ({worst})",
+        f"{median(errors.values()):.4f} in the median, {errors[worst]:.4f} at most ({worst})",
         highlight=False,
+        soft_wrap=True,
     )
     for engine, findings in result.servability.items():
         if count := sum(finding.severity == "error" for finding in findings):

@@ -76,12 +76,15 @@ def copy(
 
 @app.command("validate")
 def validate(name: _Name) -> None:
-    """Check a recipe and the prompt files that it names."""
+    """Check a recipe, the metrics that it bounds, and the prompt files that it names."""
+    from quantkit.compare.kinds import check_thresholds
     from quantkit.families.registry import get_family
     from quantkit.recipe import find_prompts, find_recipe, load_recipe, read_prompts
 
     path = find_recipe(name)
-    recipe = load_recipe(path).recipe
+    loaded = load_recipe(path)
+    check_thresholds(loaded)
+    recipe = loaded.recipe
     if recipe.calibration.prompts is not None:
         found = find_prompts(recipe.calibration.prompts, path)
         if recipe.model.family is None:

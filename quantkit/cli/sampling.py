@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from quantkit.errors import MissingExtraError, RecipeError
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
     from quantkit.recipe.schema import Sampling
 
 
@@ -21,8 +23,12 @@ def silence_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def sampling_of(**options: Any) -> Sampling:
+def sampling_of(given_as: str = "--", /, **options: Any) -> Sampling:
     """Return sampling keys that were given as options.
+
+    Args:
+        given_as: What stands before a key on the command line.
+        options: The keys; None is not given.
 
     Raises:
         RecipeError: If a value is out of range; names the options.
@@ -34,9 +40,10 @@ def sampling_of(**options: Any) -> Sampling:
     try:
         return Sampling(**options)
     except ValidationError as error:
-        raise RecipeError(
-            *(
-                f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}, not {problem['input']}"
-                for problem in error.errors()
-            )
-        ) from error
+        raise RecipeError(*(_describe(problem, given_as) for problem in error.errors())) from error
+
+
+def _describe(problem: ErrorDetails, given_as: str) -> str:
+    key, message = str(problem["loc"][0]), problem["msg"]
+    name = key.replace("_", "-") if given_as == "--" else key
+    return f"{given_as}{name}: {message[0].lower()}{message[1:]}, not {problem['input']}"

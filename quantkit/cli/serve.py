@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from quantkit.cli.models import resolve_model
-from quantkit.errors import MissingExtraError, UnsupportedModelError
+from quantkit.cli import options
+from quantkit.cli.models import recipe_for, resolve_model
+from quantkit.cli.sampling import sampling_of
+from quantkit.errors import MissingExtraError, RecipeError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from quantkit.recipe import LoadedRecipe
 
 _SERVER = "Server"
-_HOW = "How to run"
 _LIMITS = "Limits"
 _GROWING = "Growing"
-_DEMO_RECIPE = "demo-flux"
 _DRAIN_S = 30.0
-_SAMPLING = (
-    "height",
-    "width",
-    "num_frames",
-    "num_inference_steps",
-    "guidance_scale",
-    "guidance_scale_2",
-    "true_cfg_scale",
-    "negative_prompt",
-    "max_sequence_length",
-)
+_TARGET_REQUESTS = 2.0
 
 
 def command(
@@ -52,7 +46,9 @@ def command(
         str,
         typer.Option("--host", help="Address to bind; others than loopback need a key.", rich_help_panel=_SERVER),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="0 takes a free one.", rich_help_panel=_SERVER)] = 8091,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.", rich_help_panel=_SERVER)
+    ] = 8091,
     api_key_file: Annotated[
         Path | None,
         typer.Option(
@@ -75,30 +71,22 @@ def command(
     log_format: Annotated[
         str, typer.Option("--log-format", help="text or json.", rich_help_panel=_SERVER)
     ] = "text",
-    device: Annotated[
-        str, typer.Option("--device", help="auto, cpu, cuda, xpu ...", rich_help_panel=_HOW)
-    ] = "auto",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="bfloat16, float16 or float32.", rich_help_panel=_HOW)
-    ] = "bfloat16",
-    compute: Annotated[
-        str, typer.Option("--compute", help="Packed layers: auto, 16bit or fp8.", rich_help_panel=_HOW)
-    ] = "auto",
-    backend: Annotated[
-        str, typer.Option("--backend", help="Kernels of packed layers: auto, or one by name.", rich_help_panel=_HOW)
-    ] = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "bfloat16",
+    compute: options.Compute = "auto",
+    backend: options.Backend = "auto",
     cfg_parallel: Annotated[
         int,
-        typer.Option("--cfg-parallel", min=1, max=2, help="2: guidance on two ranks.", rich_help_panel=_HOW),
+        typer.Option("--cfg-parallel", min=1, max=2, help="2: guidance on two ranks.", rich_help_panel=options.HOW),
     ] = 1,
     tensor_parallel: Annotated[
         int,
-        typer.Option("--tensor-parallel", min=1, help="Ranks that share the weights.", rich_help_panel=_HOW),
+        typer.Option("--tensor-parallel", min=1, help="Ranks that share the weights.", rich_help_panel=options.HOW),
     ] = 1,
     exact: Annotated[
         bool,
         typer.Option(
-            "--exact", help="Greedy chats do not depend on the load, but are slower.", rich_help_panel=_HOW
+            "--exact", help="Greedy chats do not depend on the load, but are slower.", rich_help_panel=options.HOW
         ),
     ] = False,
     max_batch: Annotated[
@@ -107,12 +95,14 @@ def command(
             "--max-batch",
             min=1,
             help="Pictures or chats that run together; default: 4 pictures, 8 chats.",
-            rich_help_panel=_HOW,
+            rich_help_panel=options.HOW,
         ),
     ] = None,
     warm_up: Annotated[
         bool,
-        typer.Option("--warm-up/--no-warm-up", help="Run a small request before the first.", rich_help_panel=_HOW),
+        typer.Option(
+            "--warm-up/--no-warm-up", help="Run a small request before the first.", rich_help_panel=options.HOW
+        ),
     ] = True,
     limit: Annotated[
         list[str] | None,
@@ -141,20 +131,27 @@ def command(
     target_requests: Annotated[
         float,
         typer.Option("--target-requests", help="Per replica, with ray.", rich_help_panel=_GROWING),
-    ] = 2.0,
+    ] = _TARGET_REQUESTS,
 ) -> None:
     """Serve a model through an OpenAI-compatible API, until SIGTERM or Ctrl-C.
 
-    Whether it is quantized is read from the model itself. ``python -m quantkit_runtime.server`` is the same server
-    with the runtime alone.
+    Whether it is quantized is read from the model itself. The same server comes with the runtime alone, as
+    python -m quantkit_runtime.server.
     """
+    from quantkit.execution import check_backend, check_compute
     from quantkit_runtime.server.options import make_cluster, make_settings, parse_defaults, parse_limits
     from quantkit_runtime.server.settings import read_api_keys
 
     folder = resolve_model(model)
     name = served_model_name or model
-    defaults = _sampling(folder, _DEMO_RECIPE if model == "demo" and recipe is None else recipe)
-    defaults |= parse_defaults(default or [])
+    defaults = _sampling(folder, recipe_for(model, folder, recipe))
+    given = parse_defaults(default or [])
+    _check_defaults(given)
+    defaults |= given
+    check_backend(backend)
+    check_compute(compute)
+    if engine != "ray":
+        _refuse_ray_options(ray_address, min_replicas, max_replicas, target_requests)
     api_keys = read_api_keys(api_key_file)
     if engine == "vllm-omni":
         from quantkit.cli.vllm_omni import start
@@ -219,16 +216,35 @@ def command(
     serve(settings)
 
 
-def _sampling(folder: Path, recipe: str | None) -> dict[str, Any]:
-    """Return the sampling of a recipe, of the model's own, or else of its family; nothing of an unknown family."""
-    from quantkit.checkpoint import open_pipeline
-    from quantkit.families.registry import detect
-    from quantkit.recipe import find_recipe, load_recipe, recipe_of
+def _check_defaults(given: Mapping[str, Any]) -> None:
+    """Refuse a default that no request could give either, before a model is loaded for it."""
+    from quantkit.recipe.schema import Sampling
 
-    loaded = load_recipe(find_recipe(recipe)) if recipe is not None else recipe_of(folder)
+    sampling_of("--default ", **{name: value for name, value in given.items() if name in Sampling.model_fields})
+
+
+def _refuse_ray_options(
+    address: str | None, min_replicas: int, max_replicas: int | None, target_requests: float
+) -> None:
+    changed = {
+        "--ray-address": address is not None,
+        "--min-replicas": min_replicas != 1,
+        "--max-replicas": max_replicas is not None,
+        "--target-requests": target_requests != _TARGET_REQUESTS,
+    }
+    if names := [option for option, given in changed.items() if given]:
+        raise RecipeError(f"{', '.join(names)}: only --engine ray grows; add it, or leave them out")
+
+
+def _sampling(folder: Path, loaded: LoadedRecipe | None) -> dict[str, Any]:
+    """Return the sampling of a recipe, or else of the model's family; nothing of an unknown family."""
+    from quantkit.checkpoint import open_model
+    from quantkit.families.registry import detect
+
     try:
-        family = detect(open_pipeline(folder))
-    except UnsupportedModelError:
+        family = detect(open_model(folder))
+    except UnsupportedModelError:  # the server runs any pipeline that diffusers knows
         return {}
-    sampling = family.sampling_for(*([loaded.recipe.sampling] if loaded is not None else []))
-    return {name: value for name, value in sampling.given().items() if name in _SAMPLING}
+    sampling = family.sampling_for(*([loaded.recipe.sampling, loaded.recipe.serve] if loaded is not None else []))
+    # Requests call the length of an answer max_tokens, and it has a limit of its own.
+    return {name: value for name, value in sampling.given().items() if name != "max_new_tokens"}

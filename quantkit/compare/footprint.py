@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Pipeline
+from quantkit.checkpoint import ModelFolder
 
 if TYPE_CHECKING:
     import torch
@@ -133,12 +133,12 @@ def weight_bytes(components: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def disk_bytes(model: Pipeline) -> dict[str, int]:
+def disk_bytes(model: ModelFolder) -> dict[str, int]:
     """Return component -> bytes of its files."""
     return {name: component.nbytes for name, component in model.components.items()}
 
 
-def quantization_of(model: Pipeline) -> dict[str, str]:
+def quantization_of(model: ModelFolder) -> dict[str, str]:
     """Return component -> scheme in words for every component whose configuration says it is quantized."""
     schemes = {}
     for name, component in model.components.items():

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from quantkit.compare.metrics import METRICS, MetricKind
 from quantkit.compare.result import Item
+from quantkit.gate.thresholds import check_names
+from quantkit.recipe.load import LoadedRecipe
 from quantkit.recipe.schema import Task
 
 
@@ -89,3 +91,14 @@ KINDS: Mapping[Task, Kind] = {
         measured=("text", "cost"),
     ),
 }  # fmt: skip
+
+
+def check_thresholds(loaded: LoadedRecipe) -> None:
+    """Refuse a recipe that bounds a metric which its task does not have.
+
+    Raises:
+        RecipeError: With one problem per unknown name and the closest known one.
+    """
+    recipe = loaded.recipe
+    known = KINDS[recipe.model.task].metrics()
+    check_names(recipe.compare.thresholds, known, f"{loaded.path}: compare.thresholds")

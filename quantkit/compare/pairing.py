@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit.checkpoint import Component, Pipeline, read_json
+from quantkit.checkpoint import Component, ModelFolder, read_json
 from quantkit.errors import UnsupportedModelError
 
 # Converters rename these classes (slow or fast, by library version) without changing what they do.
@@ -17,7 +17,7 @@ _NOT_ARCHITECTURE = frozenset(
 _MAX_SHOWN = 3
 
 
-def check_same_architecture(reference: Pipeline, candidate: Pipeline) -> None:
+def check_same_architecture(reference: ModelFolder, candidate: ModelFolder) -> None:
     """Compare the classes and configurations of all components, the scheduler's included.
 
     Keys that only one side has are left out: a later library writes defaults that an earlier one did not know.
@@ -40,7 +40,7 @@ def check_same_architecture(reference: Pipeline, candidate: Pipeline) -> None:
         )
 
 
-def _class_differences(reference: Pipeline, candidate: Pipeline) -> list[str]:
+def _class_differences(reference: ModelFolder, candidate: ModelFolder) -> list[str]:
     if reference.class_name != candidate.class_name:
         return [f"pipeline {reference.class_name} against {candidate.class_name}"]
     ours, theirs = _classes(reference), _classes(candidate)
@@ -51,10 +51,10 @@ def _class_differences(reference: Pipeline, candidate: Pipeline) -> list[str]:
     ]
 
 
-def _classes(pipeline: Pipeline) -> dict[str, str]:
+def _classes(model: ModelFolder) -> dict[str, str]:
     return {
         name: component.class_name
-        for name, component in pipeline.components.items()
+        for name, component in model.components.items()
         if not name.startswith(_CLASSLESS)
     }
 

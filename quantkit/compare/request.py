@@ -29,6 +29,7 @@ class Request:
         thresholds_source: Where the thresholds come from, for messages and the report.
         device: ``cpu``, ``cuda``, ``xpu`` ...; ``auto`` is the accelerator if there is one, else the CPU.
         dtype: One of `quantkit.execution.DTYPES`.
+        compute: How packed layers compute: ``auto``, ``16bit`` or ``fp8``.
         backend: Kernel backend of packed layers.
         compile: Compile the repeated blocks of both models.
         lpips_backbone: AlexNet weights for LPIPS; None looks in torch hub's cache.
@@ -50,6 +51,7 @@ class Request:
     thresholds_source: str = ""
     device: str = "auto"
     dtype: str = "bfloat16"
+    compute: str = "auto"
     backend: str = "auto"
     compile: bool = False
     lpips_backbone: Path | None = None

@@ -33,6 +33,11 @@ class Timing(Part):
     p90: float
     count: int
 
+    @property
+    def steady(self) -> bool:
+        """Whether the times agree within a factor of two; else a ratio of medians says little."""
+        return self.p90 <= 2 * self.p10
+
 
 class ModelSide(Part):
     """What was measured of one of the two models.
@@ -181,6 +186,7 @@ class Comparison(Part):
         versions: Library -> version.
         device: Device string and name, e.g. ``cuda (NVIDIA H100)``.
         dtype: Of weights and activations, e.g. ``bfloat16``.
+        compute: How packed layers computed: ``auto``, ``16bit`` or ``fp8``.
         backend: Kernel backend asked for.
         compiled: Whether the repeated blocks of both models were compiled.
         recipe: Path of the recipe; None without one.
@@ -210,6 +216,7 @@ class Comparison(Part):
     versions: dict[str, str]
     device: str
     dtype: str
+    compute: str = "auto"
     backend: str
     compiled: bool = False
     recipe: str | None

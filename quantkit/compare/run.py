@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from quantkit.checkpoint import Pipeline, open_pipeline
+from quantkit.checkpoint import ModelFolder, open_model
 from quantkit.compare.difference import map_name
+from quantkit.compare.kernels import check_kernels
 from quantkit.compare.kinds import KINDS, Kind
 from quantkit.compare.pairing import check_same_architecture
 from quantkit.compare.provenance import created_now, device_name, library_versions
@@ -22,7 +23,7 @@ from quantkit.compare.summary import by_metric, curve_spreads, summaries
 from quantkit.compare.tasks import open_task
 from quantkit.compare.tasks.base import Context
 from quantkit.errors import UnsupportedModelError
-from quantkit.execution import check_backend, resolve_device, resolve_dtype
+from quantkit.execution import check_backend, check_compute, resolve_device, resolve_dtype
 from quantkit.families.registry import detect
 from quantkit.gate.thresholds import DEFAULT_THRESHOLDS, check_names
 from quantkit.gate.verdict import judge
@@ -42,7 +43,8 @@ def compare(
     not at all.
 
     Raises:
-        RecipeError: If prompts, seeds, sampling keys, a metric's name, the device, dtype or backend are no good.
+        RecipeError: If prompts, seeds, sampling keys, a metric's name, the device, dtype, compute or
+            backend are no good, or there is no kernel for them here.
         UnsupportedModelError: If the family cannot do the task or the architectures differ.
         CheckpointError: If a model cannot be loaded, or the reference does not produce finite values.
         MissingExtraError: If a library that the comparison needs is not installed.
@@ -53,7 +55,7 @@ def compare(
     source = request.thresholds_source or f"built in for {request.task}"
     check_names(thresholds, kind.metrics(), source)
     shots = request.shots()
-    reference, candidate = open_pipeline(request.reference), open_pipeline(request.candidate)
+    reference, candidate = open_model(request.reference), open_model(request.candidate)
     family = detect(reference)
     if family.task != request.task:
         raise UnsupportedModelError(
@@ -63,6 +65,9 @@ def compare(
     sampling = family.sampling_for(*request.sampling)
     device, dtype = resolve_device(request.device), resolve_dtype(request.dtype)
     check_backend(request.backend)
+    check_compute(request.compute)
+    for model in (reference, candidate):
+        check_kernels(model, device, dtype, compute=request.compute, backend=request.backend)
 
     need_bytes = len(shots) * _pixels(sampling) * _BYTES_PER_PIXEL
     with stage(output, overwrite=overwrite, need_bytes=need_bytes, marker=RESULT_FILE) as staging:
@@ -75,6 +80,7 @@ def compare(
                 work=staging.work,
                 device=device,
                 dtype=dtype,
+                compute=request.compute,
                 backend=request.backend,
                 compile=request.compile,
                 family=family,
@@ -112,6 +118,7 @@ def compare(
             versions=library_versions(),
             device=device_name(device),
             dtype=request.dtype,
+            compute=request.compute,
             backend=request.backend,
             compiled=request.compile,
             recipe=request.recipe,
@@ -159,7 +166,7 @@ def _pixels(sampling: Sampling) -> int:
     return (sampling.height or 0) * (sampling.width or 0) * (sampling.num_frames or 1)
 
 
-def _scheduler(model: Pipeline) -> str | None:
+def _scheduler(model: ModelFolder) -> str | None:
     scheduler = model.components.get("scheduler")
     return scheduler.class_name if scheduler is not None else None
 

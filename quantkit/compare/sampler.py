@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quantkit.checkpoint import Pipeline
+from quantkit.checkpoint import ModelFolder
 from quantkit.compare.footprint import PeakMemory, disk_bytes, quantization_of, weight_bytes
 from quantkit.compare.result import ModelSide
 from quantkit.compare.shots import Progress, ProgressCallback, Role, Shot
@@ -41,7 +41,7 @@ class Sampler:
         self._total = 2 * len(self._shots) + extra_shots
 
     def run(
-        self, role: Role, model: Pipeline, handle: Handle, *, label: str, repeat: Sequence[int] = ()
+        self, role: Role, model: ModelFolder, handle: Handle, *, label: str, repeat: Sequence[int] = ()
     ) -> ModelSide:
         """Run all shots, hand each recording over, and let go of the model.
 
@@ -114,7 +114,7 @@ class Sampler:
             self._on_progress(Progress(role, shot, step, steps, self._done + fraction, self._total))
 
 
-def _import_ahead(model: Pipeline) -> None:
+def _import_ahead(model: ModelFolder) -> None:
     """Import the model's classes, so that the memory of the code is not counted as the model's.
 
     Raises:
@@ -127,6 +127,6 @@ def _import_ahead(model: Pipeline) -> None:
             raise MissingExtraError(component.library, "eval") from error
 
 
-def _manifest_sha256(model: Pipeline) -> str | None:
+def _manifest_sha256(model: ModelFolder) -> str | None:
     manifest = model.folder / MANIFEST
     return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None

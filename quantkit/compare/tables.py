@@ -46,10 +46,16 @@ def tiles(result: Comparison) -> list[dict[str, str]]:
             {
                 "label": f"Time per {kind.step}",
                 "value": times(after / before),
-                "note": f"{milliseconds(after)} instead of {milliseconds(before)}",
+                "note": f"{milliseconds(after)} instead of {milliseconds(before)}" + doubt_times(result),
             }
         )
     return tiles
+
+
+def doubt_times(result: Comparison) -> str:
+    """Return what to add to a ratio of step times if they vary too much for it; else nothing."""
+    sides = (result.reference.step_ms, result.candidate.step_ms)
+    return "" if all(side is None or side.steady for side in sides) else ", but the times vary widely"
 
 
 def threshold_rows(result: Comparison) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ def repeatable(step: Callable[[], torch.Tensor], optimizer: torch.optim.Optimize
     """
     if not torch.cuda.is_available():
         return step
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(_WARM_UP_STEPS):

@@ -190,7 +190,7 @@ def train_flow(
             weight = settings.long_batch_size / (settings.batch_size + settings.long_batch_size)
             losses = losses + weight * (extra - losses)
         optimizer.zero_grad(set_to_none=True)
-        (losses[0] + settings.label_weight * (losses[1] + losses[2])).backward()  # type: ignore[no-untyped-call]
+        (losses[0] + settings.label_weight * (losses[1] + losses[2])).backward()  # type: ignore[no-untyped-call]  # torch gives it no types
         nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
         optimizer.step()
         with torch.no_grad():

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component, Pipeline
+from quantkit.checkpoint import Component, ModelFolder
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
 from quantkit.families.serving import LANGUAGE_MODEL, VllmOmni
 from quantkit.recipe.prompts import Prompt, read_prompts
@@ -94,7 +94,7 @@ class Family(ABC):
     optional: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     block_outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    block_inputs: Callable[[Pipeline, str, Sampling], BlockInputs] | None = None
+    block_inputs: Callable[[ModelFolder, str, Sampling], BlockInputs] | None = None
     guidance: str | None = None
     several_devices: bool = False
     vllm_omni: VllmOmni | None = None
@@ -125,12 +125,12 @@ class Family(ABC):
         return dict(sampling.given())
 
     def count_block_inputs(
-        self, pipeline: Pipeline, component: str, sampling: Sampling, max_tokens: int
+        self, source: ModelFolder, component: str, sampling: Sampling, max_tokens: int
     ) -> BlockInputs | None:
         """Return how large the inputs of a component's blocks are, from configurations alone.
 
         Args:
-            pipeline: The source.
+            source: The 16-bit model.
             component: Name of the component.
             sampling: Complete, of the calibration.
             max_tokens: Of a sample that is text.
@@ -139,7 +139,7 @@ class Family(ABC):
             None if the family cannot tell.
         """
         del max_tokens
-        return None if self.block_inputs is None else self.block_inputs(pipeline, component, sampling)
+        return None if self.block_inputs is None else self.block_inputs(source, component, sampling)
 
     def is_guided(self, sampling: Sampling) -> bool:
         """Whether these sampling keys, complete, make each step run the model twice."""

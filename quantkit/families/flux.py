@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantkit.checkpoint import Pipeline
+from quantkit.checkpoint import ModelFolder
 from quantkit.families.base import BlockInputs, DiffusionFamily
 from quantkit.families.serving import VllmOmni
 from quantkit.recipe.schema import Sampling
 
 
 def block_inputs(
-    pipeline: Pipeline, component: str, sampling: Sampling, *, guidance: str = "true_cfg_scale"
+    source: ModelFolder, component: str, sampling: Sampling, *, guidance: str = "true_cfg_scale"
 ) -> BlockInputs:
     """Count 2x2 patches of the latent as image tokens; both kinds of blocks get image and text.
 
     Args:
-        pipeline: See `DiffusionFamily.block_inputs`.
+        source: See `DiffusionFamily.block_inputs`.
         component: See there.
         sampling: See there.
         guidance: The key that, above 1, makes each step run the model twice.
     """
-    config = pipeline.components[component].config
-    patch = 2 * 2 ** (len(pipeline.components["vae"].config["block_out_channels"]) - 1)
+    config = source.components[component].config
+    patch = 2 * 2 ** (len(source.components["vae"].config["block_out_channels"]) - 1)
     given: dict[str, Any] = sampling.given()
     tokens = (given["height"] // patch) * (given["width"] // patch) + given["max_sequence_length"]
     width = config["num_attention_heads"] * config["attention_head_dim"]

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantkit.checkpoint import Pipeline
+from quantkit.checkpoint import ModelFolder
 from quantkit.families.base import BlockInputs, DiffusionFamily
 from quantkit.families.serving import VllmOmni
 from quantkit.recipe.schema import Sampling
 
 
-def _block_inputs(pipeline: Pipeline, component: str, sampling: Sampling) -> BlockInputs:
+def _block_inputs(source: ModelFolder, component: str, sampling: Sampling) -> BlockInputs:
     """Count image tokens alone: the text is what a prompt has in quotes, a few bytes."""
-    config = pipeline.components[component].config
-    patch = config["patch_size"] * 2 ** (len(pipeline.components["vae"].config["block_out_channels"]) - 1)
+    config = source.components[component].config
+    patch = config["patch_size"] * 2 ** (len(source.components["vae"].config["block_out_channels"]) - 1)
     given: dict[str, Any] = sampling.given()
     tokens = (given["height"] // patch) * (given["width"] // patch)
     time_embedding = 2 * config["time_embed_dim"]

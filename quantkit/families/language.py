@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component, Pipeline, read_tensors
+from quantkit.checkpoint import Component, ModelFolder, read_tensors
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
 from quantkit.families.base import BlockInputs, Family, Linear
 from quantkit.families.serving import LANGUAGE_MODEL, VllmOmni
@@ -115,11 +115,11 @@ class LanguageFamily(Family):
         return component.config
 
     def count_block_inputs(
-        self, pipeline: Pipeline, component: str, sampling: Sampling, max_tokens: int
+        self, source: ModelFolder, component: str, sampling: Sampling, max_tokens: int
     ) -> BlockInputs | None:
         """Count as many tokens as a sample may have, see `Family.count_block_inputs`."""
         del sampling
-        config = self.text_config(pipeline.components[component])
+        config = self.text_config(source.components[component])
         width, heads = config.get("hidden_size"), config.get("num_attention_heads")
         if not width or not heads:
             return None

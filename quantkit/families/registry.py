@@ -7,7 +7,7 @@ import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.checkpoint import Pipeline, open_pipeline
+from quantkit.checkpoint import ModelFolder, open_model
 from quantkit.errors import UnsupportedModelError
 from quantkit.families.base import Family
 
@@ -22,10 +22,8 @@ class _Entry:
     setting: str | None = None
     """A key of ``model_index.json`` that must be set, where several families share a class."""
 
-    def fits(self, pipeline: Pipeline) -> bool:
-        return pipeline.class_name in self.classes and (
-            self.setting is None or bool(pipeline.config.get(self.setting))
-        )
+    def fits(self, opened: ModelFolder) -> bool:
+        return opened.class_name in self.classes and (self.setting is None or bool(opened.config.get(self.setting)))
 
 
 _FAMILIES = {
@@ -67,21 +65,21 @@ def get_family(name: str) -> Family:
     return family
 
 
-def detect(model: Path | Pipeline) -> Family:
+def detect(model: Path | ModelFolder) -> Family:
     """Return the family of a local model folder, by its class and, where several share one, by settings.
 
     Raises:
         CheckpointError: If the folder is no model.
         UnsupportedModelError: If no family knows its class.
     """
-    pipeline = open_pipeline(model) if isinstance(model, Path) else model
+    opened = open_model(model) if isinstance(model, Path) else model
     for name, entry in _FAMILIES.items():
-        if entry.fits(pipeline):
+        if entry.fits(opened):
             return get_family(name)
     settings = sorted(
-        {entry.setting for entry in _FAMILIES.values() if pipeline.class_name in entry.classes and entry.setting}
+        {entry.setting for entry in _FAMILIES.values() if opened.class_name in entry.classes and entry.setting}
     )
     without = f" without {' or '.join(settings)} in model_index.json" if settings else ""
     raise UnsupportedModelError(
-        f"{pipeline.folder}: no family knows {pipeline.class_name}{without} (known: {', '.join(family_names())})"
+        f"{opened.folder}: no family knows {opened.class_name}{without} (known: {', '.join(family_names())})"
     )

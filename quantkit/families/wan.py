@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from quantkit.checkpoint import Pipeline, read_json
+from quantkit.checkpoint import ModelFolder, read_json
 from quantkit.errors import CheckpointError
 from quantkit.families.base import BlockInputs, DiffusionFamily
 from quantkit.families.serving import VllmOmni
@@ -31,10 +31,10 @@ _VLLM_OMNI = VllmOmni(
 )
 
 
-def _block_inputs(pipeline: Pipeline, component: str, sampling: Sampling) -> BlockInputs:
+def _block_inputs(source: ModelFolder, component: str, sampling: Sampling) -> BlockInputs:
     """Count patches of the latent video as tokens; the text of fixed length is the same for all blocks."""
-    config = pipeline.components[component].config
-    vae = pipeline.components["vae"].config
+    config = source.components[component].config
+    vae = source.components["vae"].config
     given: dict[str, Any] = sampling.given()
     _, *patch = config["patch_size"]
     frames = (given["num_frames"] - 1) // vae.get("scale_factor_temporal", 4) + 1
@@ -45,21 +45,21 @@ def _block_inputs(pipeline: Pipeline, component: str, sampling: Sampling) -> Blo
     tokens = frames * rows * columns
     width = config["num_attention_heads"] * config["attention_head_dim"]
     text = 2 * given["max_sequence_length"] * width
-    times = tokens if pipeline.config.get("expand_timesteps") else 1
+    times = tokens if source.config.get("expand_timesteps") else 1
     time_embedding = 2 * times * 6 * width  # shift, scale and gate of attention and of the feed-forward layer
     rotary_embedding = 2 * 4 * tokens * config["attention_head_dim"]  # cosine and sine in float32
     branches = 2 if given["guidance_scale"] > 1 else 1
     return BlockInputs(
-        calls=_count_steps(pipeline, component, given["num_inference_steps"]) * branches,
+        calls=_count_steps(source, component, given["num_inference_steps"]) * branches,
         passed_nbytes=2 * tokens * width,
         shared_nbytes=text + time_embedding + rotary_embedding,
     )
 
 
-def _count_steps(pipeline: Pipeline, component: str, steps: int) -> int:
+def _count_steps(source: ModelFolder, component: str, steps: int) -> int:
     """Return how many of the denoising steps a transformer does; all of them where no scheduler is at hand."""
-    boundary = pipeline.config.get("boundary_ratio")
-    part = pipeline.components.get("scheduler")
+    boundary = source.config.get("boundary_ratio")
+    part = source.components.get("scheduler")
     if boundary is None or part is None:
         return steps
     import diffusers

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint import open_pipeline
+from quantkit.checkpoint import open_model
 from quantkit.errors import OutputError, RecipeError, UnsupportedModelError
 from quantkit.execution import check_backend, check_compute, resolve_device, resolve_dtype
 from quantkit.families.registry import detect, get_family
@@ -104,7 +104,7 @@ def prepare(request: Request) -> Job:
     """
     if not request.prompt.text.strip():
         raise RecipeError("--prompt: is empty")
-    family = detect(open_pipeline(request.model))
+    family = detect(open_model(request.model))
     sampling = family.sampling_for(*request.sampling)
     _check_inputs(request.prompt, family.name, family.task)
     resolve_device(request.device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint import Component, open_pipeline, read_json
+from quantkit.checkpoint import Component, open_model, read_json
 from quantkit.errors import CheckpointError
 from quantkit.recipe.load import MANIFEST
 
@@ -51,13 +51,13 @@ def summarize(folder: Path) -> Summary:
     Raises:
         CheckpointError: If it is no pipeline, or a file of it is damaged.
     """
-    pipeline = open_pipeline(folder)
+    model = open_model(folder)
     provenance = None
     if (folder / MANIFEST).is_file():
         manifest = read_json(folder / MANIFEST)
         provenance = {key: value for key, value in manifest.items() if key not in {"plan", "files"}}
-    components = tuple(_summarize(component) for component in pipeline.components.values())
-    return Summary(folder, pipeline.class_name, components, provenance)
+    components = tuple(_summarize(component) for component in model.components.values())
+    return Summary(folder, model.class_name, components, provenance)
 
 
 def _summarize(component: Component) -> ComponentSummary:

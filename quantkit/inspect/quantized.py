@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantkit.checkpoint import Component, Pipeline, open_pipeline, read_json, read_tensors
+from quantkit.checkpoint import Component, ModelFolder, open_model, read_json, read_tensors
 from quantkit.errors import CheckpointError, UnsupportedModelError
 from quantkit.families.base import Family
 from quantkit.families.registry import detect
@@ -94,7 +94,7 @@ class QuantizedModel:
                 for name, settings in extra.items()
             }
             return QuantizationConfig.from_dict(readable)
-        except (AttributeError, CheckpointFormatError):
+        except (AttributeError, CheckpointFormatError):  # the rules about metadata tell
             return None
 
     def scheme_of(self, layer: str) -> Scheme | None:
@@ -166,7 +166,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if (folder / "model_index.json").is_file():
         checkpoint = _open_pipeline(folder)
     elif (folder / "config.json").is_file():
-        checkpoint = _open_model(folder)
+        checkpoint = _open_single_model(folder)
     else:
         raise CheckpointError(f"{folder}: has neither model_index.json nor config.json; give the root of a model")
     if not (checkpoint.models or checkpoint.damage or checkpoint.misplaced):
@@ -176,12 +176,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _open_pipeline(folder: Path) -> Checkpoint:
     try:
-        pipeline = open_pipeline(folder)
+        opened = open_model(folder)
     except CheckpointError as error:
         return Checkpoint(folder, "diffusers", "", None, (), damage=(str(error),))
-    family = _family_of(pipeline)
+    family = _family_of(opened)
     models, damage = [], []
-    for component in pipeline.components.values():
+    for component in opened.components.values():
         try:
             tensors, config = component.tensors, component.config
         except CheckpointError as error:
@@ -199,18 +199,18 @@ def _open_pipeline(folder: Path) -> Checkpoint:
             )
     engine = family.vllm_omni if family is not None else None
     return Checkpoint(
-        folder, "diffusers", pipeline.class_name, engine, tuple(models), pipeline.components, tuple(damage)
+        folder, "diffusers", opened.class_name, engine, tuple(models), opened.components, tuple(damage)
     )
 
 
-def _family_of(model: Path | Pipeline) -> Family | None:
+def _family_of(model: Path | ModelFolder) -> Family | None:
     try:
         return detect(model)
     except (CheckpointError, UnsupportedModelError):
         return None
 
 
-def _open_model(folder: Path) -> Checkpoint:
+def _open_single_model(folder: Path) -> Checkpoint:
     path = folder / "config.json"
     config = read_json(path)
     architecture = str(config.get("model_type", ""))

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component, Pipeline, walk_files
+from quantkit.checkpoint import Component, ModelFolder, walk_files
 from quantkit.quantize.plan import ComponentPlan, PlannedLayer
 from quantkit.quantize.progress import OnProgress, Progress
 from quantkit.quantize.rtn import Pack
@@ -69,7 +69,7 @@ def _stem_of(path: Path) -> str:
     return path.name.removesuffix(".safetensors").partition("-")[0]
 
 
-def place_untouched(pipeline: Pipeline, quantized: Sequence[str], target: Path) -> None:
+def place_untouched(source: ModelFolder, quantized: Sequence[str], target: Path) -> None:
     """Put everything of the source that is not quantized into the checkpoint.
 
     Weights are hard-linked where the file system can, small files copied: people edit those in place.
@@ -78,20 +78,20 @@ def place_untouched(pipeline: Pipeline, quantized: Sequence[str], target: Path) 
     folder: they belong to no component (FLUX.1-dev keeps its single-file original there).
 
     Args:
-        pipeline: The source.
+        source: The 16-bit model.
         quantized: Names of the components whose weights and ``config.json`` the export writes itself.
         target: The checkpoint being built.
     """
-    for path in pipeline.other_files:
+    for path in source.other_files:
         if path.name not in _REPLACED and not is_weight_file(path):
-            _place(path, target / path.relative_to(pipeline.folder))
-    for component in pipeline.components.values():
+            _place(path, target / path.relative_to(source.folder))
+    for component in source.components.values():
         for path in walk_files(component.folder):
             if component.name in quantized and is_replaced(component, path):
                 continue
-            if path.parent == pipeline.folder and path.name in _REPLACED:
+            if path.parent == source.folder and path.name in _REPLACED:
                 continue
-            _place(path, target / path.relative_to(pipeline.folder))
+            _place(path, target / path.relative_to(source.folder))
 
 
 def _place(source: Path, target: Path) -> None:

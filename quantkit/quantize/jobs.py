@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quantkit.checkpoint import Pipeline, walk_files
+from quantkit.checkpoint import ModelFolder, walk_files
 from quantkit.families.base import Family
 from quantkit.quantize.manifest import hash_file
 from quantkit.quantize.memory import keys_to_lower
@@ -52,7 +52,7 @@ def make_job(
             **{name: Layer(16, scheme.group_size, scheme.sym) for name in part.kept_in_blocks},
         }
     return Job(
-        source=str(plan.pipeline.folder),
+        source=str(plan.source.folder),
         family=family.name,
         layers=layers,
         block_lists={part.component.name: list(part.blocks) for part in plan.components},
@@ -118,14 +118,14 @@ def _describe(sample: Prompt | Conversation) -> str:
     return json.dumps(described)
 
 
-def fingerprint(pipeline: Pipeline, on_progress: OnProgress) -> dict[str, str]:
+def fingerprint(source: ModelFolder, on_progress: OnProgress) -> dict[str, str]:
     """Return the sha256 of every file of the source that a loaded pipeline depends on, by relative path."""
-    folders = [component.folder for component in pipeline.components.values()]
-    index = pipeline.folder / pipeline.index_file
+    folders = [component.folder for component in source.components.values()]
+    index = source.folder / source.index_file
     paths = dict.fromkeys([index, *(path for folder in folders for path in walk_files(folder))])
     hashes = {}
     for number, path in enumerate(paths, start=1):
-        name = path.relative_to(pipeline.folder).as_posix()
+        name = path.relative_to(source.folder).as_posix()
         hashes[name] = hash_file(path)
         on_progress(Progress("fingerprint", number, len(paths), name))
     return hashes

@@ -55,7 +55,7 @@ def estimate_memory(plan: Plan, family: Family, recipe: Recipe) -> CalibrationMe
     samples, max_tokens = recipe.scheme.nsamples, recipe.scheme.seqlen
     largest: CalibrationMemory | None = None
     for part in plan.components:
-        inputs = family.count_block_inputs(plan.pipeline, part.component.name, sampling, max_tokens)
+        inputs = family.count_block_inputs(plan.source, part.component.name, sampling, max_tokens)
         if inputs is None:
             return None
         if inputs.calls == 0:
@@ -131,13 +131,13 @@ def available_memory() -> int | None:
     """Return the bytes of memory that this process may still take, or None where the system does not say."""
     try:
         available = int(_fields(Path("/proc/meminfo"))["MemAvailable:"]) * 1024
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError):  # no Linux, or one that counts otherwise
         return None
     try:  # a container's own limit; page cache makes way
         limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))
         used = _fields(_CGROUP / "memory.stat")
         return min(available, limit - int(used["anon"]) - int(used["shmem"]))
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError):  # no container, or no limit
         return available
 
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component, Pipeline
-from quantkit.errors import CheckpointError, QuantizationError, RecipeError
+from quantkit.checkpoint import Component, ModelFolder
+from quantkit.errors import CheckpointError, RecipeError
 from quantkit.families.base import Family, Linear
-from quantkit.families.serving import VllmOmni
 from quantkit.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -88,13 +87,13 @@ class Plan:
     """The plan of a whole model."""
 
     family: str
-    pipeline: Pipeline
+    source: ModelFolder
     components: tuple[ComponentPlan, ...]
 
     @property
     def nbytes_before(self) -> int:
         """Bytes of all files of the source."""
-        return sum(component.nbytes for component in self.pipeline.components.values())
+        return sum(component.nbytes for component in self.source.components.values())
 
     @property
     def nbytes_after(self) -> int:
@@ -124,11 +123,11 @@ class Plan:
         }
 
 
-def make_plan(pipeline: Pipeline, family: Family, recipe: Recipe) -> Plan:
+def make_plan(source: ModelFolder, family: Family, recipe: Recipe) -> Plan:
     """Decide which layers of a model are quantized and how.
 
     Args:
-        pipeline: The source.
+        source: The 16-bit model.
         family: The family the source belongs to.
         recipe: Gives the scheme and the choice of layers.
 
@@ -138,9 +137,9 @@ def make_plan(pipeline: Pipeline, family: Family, recipe: Recipe) -> Plan:
     """
     components = []
     for name in _choose_components(family, recipe):
-        if name not in pipeline.components:
-            raise CheckpointError(f"{pipeline.folder}: a {family.name} model needs the component {name}")
-        component = pipeline.components[name]
+        if name not in source.components:
+            raise CheckpointError(f"{source.folder}: a {family.name} model needs the component {name}")
+        component = source.components[name]
         if component.quantization is not None:
             raise CheckpointError(
                 f"{component.folder / 'config.json'}: is quantized already; give the 16-bit original"
@@ -151,7 +150,7 @@ def make_plan(pipeline: Pipeline, family: Family, recipe: Recipe) -> Plan:
     _check_patterns_match(components, recipe)
     if not any(part.layers for part in components):
         raise RecipeError("layers: nothing is left to quantize; widen include or shorten exclude")
-    return Plan(family.name, pipeline, tuple(components))
+    return Plan(family.name, source, tuple(components))
 
 
 def _choose_components(family: Family, recipe: Recipe) -> list[str]:
@@ -285,78 +284,3 @@ def _check_patterns_match(components: Sequence[ComponentPlan], recipe: Recipe) -
 def _linear_names(part: ComponentPlan) -> Iterator[str]:
     yield from (layer.name for layer in part.layers)
     yield from (name for name, _ in part.kept)
-
-
-def quantization_config(
-    part: ComponentPlan, *, iters: int, autoround_version: str, engine: VllmOmni | None = None
-) -> dict[str, Any]:
-    """Return the ``quantization_config`` that tells loaders what the plan made of a component.
-
-    The keys are those auto-round itself writes; a layer that differs from the default scheme, or a Linear
-    inside the blocks that stays in 16 bit, is named in ``extra_config``: as in the checkpoint, by its alias if it
-    has one, and as the serving engine calls it if that is something else. Loaders ignore names that their model
-    does not have.
-
-    Args:
-        part: The component.
-        iters: Of the tuning, for the record.
-        autoround_version: For the record.
-        engine: The names that vLLM-Omni gives to the family's Linears.
-    """
-    default = part.default
-    extra: dict[str, dict[str, Any]] = {}
-    for layer in part.layers:
-        if layer.scheme != default:
-            scheme = layer.scheme
-            extra[layer.name] = {
-                "bits": scheme.bits,
-                "group_size": scheme.group_size,
-                "sym": scheme.sym,
-                "data_type": scheme.data_type,
-            }
-    extra |= {name: {"bits": 16, "data_type": "float"} for name in part.kept_in_blocks}
-    if engine is not None and not engine.member_keys:
-        extra |= _runtime_keys(part, extra, engine)
-    blocks = [block for block in part.blocks if any(layer.name.startswith(f"{block}.") for layer in part.layers)]
-    if not blocks:
-        raise QuantizationError(f"{part.component.name}: no layer inside its blocks is quantized")
-    config: dict[str, Any] = {
-        "quant_method": "auto-round",
-        "bits": default.bits,
-        "group_size": default.group_size,
-        "sym": default.sym,
-        "data_type": default.data_type,
-        "packing_format": PACKING_FORMAT,
-        "block_name_to_quantize": ",".join(name for block in blocks for name in _names(block, part)),
-        "iters": iters,
-        "autoround_version": autoround_version,
-    }
-    if extra:
-        config["extra_config"] = {name: entry for layer, entry in extra.items() for name in _names(layer, part)}
-    return config
-
-
-def _names(name: str, part: ComponentPlan) -> Iterator[str]:
-    """Yield the names of a block or of a layer in one: the checkpoint's, then its alias."""
-    yield name
-    for block, alias in part.aliases.items():
-        if name == block or name.startswith(f"{block}."):
-            yield alias + name.removeprefix(block)
-
-
-def _runtime_keys(
-    part: ComponentPlan, extra: Mapping[str, dict[str, Any]], engine: VllmOmni
-) -> dict[str, dict[str, Any]]:
-    """Repeat the settings of layers under the names that a serving engine gives them.
-
-    Layers that it fuses share one name. If their settings differ no key can help; the servability check says so.
-    """
-    members: dict[str, list[str]] = {}
-    for name in [layer.name for layer in part.layers] + part.kept_in_blocks:
-        members.setdefault(engine.name_of(name), []).append(name)
-    keys = {}
-    for runtime_name, names in members.items():
-        settings = extra.get(names[0])
-        if settings is not None and all(extra.get(name) == settings for name in names):
-            keys[runtime_name] = settings
-    return keys

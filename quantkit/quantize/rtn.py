@@ -23,7 +23,8 @@ def round_to_nearest(component: Component) -> Pack:
     """
     import torch
 
-    from quantkit_runtime.format import PACKED_SUFFIXES, pack, quantize_rtn
+    from quantkit_runtime.format import PACKED_SUFFIXES, pack
+    from quantkit_runtime.rounding import quantize_rtn
 
     def pack_layer(layer: PlannedLayer) -> dict[str, Tensor]:
         info = component.tensors[f"{layer.name}.weight"]

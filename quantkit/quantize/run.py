@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component, Pipeline, open_pipeline
+from quantkit.checkpoint import Component, ModelFolder, open_model
 from quantkit.errors import OutputError, QuantizationError, RecipeError, UnsupportedModelError
 from quantkit.families.base import Family
 from quantkit.families.registry import detect, get_family
@@ -19,9 +18,10 @@ from quantkit.quantize.card import render_card
 from quantkit.quantize.devices import resolve_devices
 from quantkit.quantize.export import place_untouched, write_component, write_json
 from quantkit.quantize.jobs import fingerprint, identify, make_job
-from quantkit.quantize.manifest import SCHEMA_VERSION, hash_files, library_versions
+from quantkit.quantize.manifest import describe_run, hash_files, library_versions
 from quantkit.quantize.memory import CalibrationMemory, cache_fits, check_memory, estimate_memory, keys_to_lower
-from quantkit.quantize.plan import ComponentPlan, Plan, PlannedLayer, make_plan, quantization_config
+from quantkit.quantize.metadata import quantization_config
+from quantkit.quantize.plan import ComponentPlan, Plan, PlannedLayer, make_plan
 from quantkit.quantize.progress import OnNotice, OnProgress, Progress, ignore
 from quantkit.quantize.resume import TunedBlocks, open_blocks
 from quantkit.quantize.rtn import Pack, round_to_nearest
@@ -71,7 +71,7 @@ class Quantized:
     seconds: float
 
 
-def prepare(loaded: LoadedRecipe, source: Path | Pipeline) -> Prepared:
+def prepare(loaded: LoadedRecipe, source: Path | ModelFolder) -> Prepared:
     """Check a recipe against a model and plan the run.
 
     Args:
@@ -85,11 +85,11 @@ def prepare(loaded: LoadedRecipe, source: Path | Pipeline) -> Prepared:
     """
     recipe = loaded.recipe
     expected = get_family(recipe.model.family) if recipe.model.family is not None else None
-    pipeline = open_pipeline(source) if isinstance(source, Path) else source
-    family = detect(pipeline)
+    model = open_model(source) if isinstance(source, Path) else source
+    family = detect(model)
     if expected is not None and expected.name != family.name:
         raise UnsupportedModelError(
-            f"{loaded.path}: model.family: is {expected.name}, but {pipeline.folder} is a {family.name} model"
+            f"{loaded.path}: model.family: is {expected.name}, but {model.folder} is a {family.name} model"
         )
     if recipe.model.task != family.task:
         raise UnsupportedModelError(
@@ -97,11 +97,11 @@ def prepare(loaded: LoadedRecipe, source: Path | Pipeline) -> Prepared:
         )
     for section in (recipe.calibration, recipe.compare, recipe.serve):
         family.sampling_for(recipe.sampling, section)
-    plan = make_plan(pipeline, family, recipe)
+    plan = make_plan(model, family, recipe)
     if not recipe.scheme.tuned:
         return Prepared(loaded, family, plan, [], None)
     prompts = _calibration_samples(loaded, family)
-    family.check_calibration(pipeline.folder, prompts, recipe.scheme.seqlen)  # now, not after an hour
+    family.check_calibration(model.folder, prompts, recipe.scheme.seqlen)  # now, not after an hour
     return Prepared(loaded, family, plan, prompts, estimate_memory(plan, family, recipe))
 
 
@@ -149,7 +149,7 @@ def quantize(
     """
     started = time.monotonic()
     plan, recipe = prepared.plan, prepared.loaded.recipe
-    if plan.pipeline.folder.resolve().is_relative_to(output.resolve()):
+    if plan.source.folder.resolve().is_relative_to(output.resolve()):
         raise OutputError(f"{output}: holds the model that is to be quantized; give another --output")
     devices = resolve_devices(device)
     if len(devices) > 1 and not prepared.family.several_devices:
@@ -160,10 +160,10 @@ def quantize(
     need_bytes = plan.nbytes_after + _SLACK_BYTES
     if recipe.scheme.tuned:  # what tuning leaves is there twice until the checkpoint is written
         need_bytes += sum(layer.nbytes for part in plan.components for layer in part.layers)
-    with stage(output, overwrite=overwrite, need_bytes=need_bytes, marker=plan.pipeline.index_file) as staging:
+    with stage(output, overwrite=overwrite, need_bytes=need_bytes, marker=plan.source.index_file) as staging:
         # Rounding looks at each weight of its components anyway, and costs little if one is bad.
         rounded = set() if recipe.scheme.tuned else {part.component.name for part in plan.components}
-        components = plan.pipeline.components
+        components = plan.source.components
         _check_finite([components[name] for name in components if name not in rounded], on_progress)
         tuned: Tuned | None = None
         packs = {part.component.name: round_to_nearest(part.component) for part in plan.components}
@@ -171,7 +171,7 @@ def quantize(
             tuned, blocks = _tune(prepared, devices, cache_on_host, staging, resume, on_progress, on_notice)
             packs = {part.component.name: _from_blocks(part, blocks) for part in plan.components}
         versions = library_versions()
-        place_untouched(plan.pipeline, [*packs], staging.content)
+        place_untouched(plan.source, [*packs], staging.content)
         for part in plan.components:
             config = quantization_config(
                 part,
@@ -183,13 +183,22 @@ def quantize(
                 part,
                 packs[part.component.name],
                 prepared.family.quantized_config(part.component, config),
-                staging.content / part.component.folder.relative_to(plan.pipeline.folder),
+                staging.content / part.component.folder.relative_to(plan.source.folder),
                 max_shard_bytes=parse_size(recipe.export.max_shard_size),
                 on_progress=on_progress,
             )
         errors = _verify(staging.content, plan, on_progress)
         seconds = time.monotonic() - started
-        manifest = _manifest(prepared, errors, tuned, versions, devices[0], seconds, staging.content)
+        manifest = describe_run(
+            prepared.loaded,
+            plan,
+            errors,
+            tuned,
+            versions=versions,
+            device=devices[0],
+            seconds=seconds,
+            nbytes=sum(component.nbytes for component in open_model(staging.content).components.values()),
+        )
         servability = check_natural_targets(staging.content)
         manifest["servability"] = {target: [vars(one) for one in found] for target, found in servability.items()}
         (staging.content / "README.md").write_text(render_card(manifest), encoding="utf-8")
@@ -236,7 +245,7 @@ def _tune(
 ) -> tuple[Tuned, TunedBlocks]:
     plan, family, recipe = prepared.plan, prepared.family, prepared.loaded.recipe
     job = make_job(plan, family, recipe, prepared.prompts, devices=devices, cache_on_host=cache_on_host)
-    identity = identify(job, fingerprint(plan.pipeline, on_progress), library_versions())
+    identity = identify(job, fingerprint(plan.source, on_progress), library_versions())
     blocks = open_blocks(staging.kept, identity, resume=resume, on_notice=on_notice)
     try:
         return tune(job, blocks, staging.work, on_progress), blocks
@@ -265,7 +274,7 @@ def _from_blocks(part: ComponentPlan, blocks: TunedBlocks) -> Pack:
 def _verify(checkpoint: Path, plan: Plan, on_progress: OnProgress) -> list[LayerError]:
     result = verify(
         checkpoint,
-        source=plan.pipeline.folder,
+        source=plan.source.folder,
         planned={part.component.name: list(part.layers) for part in plan.components},
         on_progress=on_progress,
     )
@@ -275,57 +284,3 @@ def _verify(checkpoint: Path, plan: Plan, on_progress: OnProgress) -> list[Layer
         error.add_note("\n".join(result.problems))
         raise error
     return result.errors
-
-
-def _manifest(
-    prepared: Prepared,
-    errors: list[LayerError],
-    tuned: Tuned | None,
-    versions: dict[str, str],
-    device: str,
-    seconds: float,
-    checkpoint: Path,
-) -> dict[str, Any]:
-    loaded, plan = prepared.loaded, prepared.plan
-    described = plan.as_dict()
-    for error in errors:
-        described[error.component]["layers"][error.name] |= {
-            "relative_l2": error.relative_l2,
-            "rtn_relative_l2": error.rtn_relative_l2,
-        }
-    after = sum(component.nbytes for component in open_pipeline(checkpoint).components.values())
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "family": plan.family,
-        "source": {"id": _public_name(loaded.recipe.model.id), "revision": loaded.recipe.model.revision},
-        "recipe": {
-            "name": loaded.path.name,
-            "sha256": loaded.sha256,
-            "overrides": list(loaded.overrides),
-            "effective": loaded.recipe.model_dump(mode="json"),
-        },
-        "samples": loaded.recipe.scheme.nsamples if loaded.recipe.scheme.tuned else 0,
-        "plan": described,
-        "block_losses": [] if tuned is None else [vars(loss) for loss in tuned.losses],
-        "sizes": {"before": plan.nbytes_before, "after": after},
-        "versions": versions,
-        "run": {
-            "device": device,
-            "threads": _threads(),
-            "seconds": round(seconds, 1),
-            "resumed_blocks": 0 if tuned is None else tuned.resumed,
-            "cached_bytes": 0 if tuned is None else tuned.cached_nbytes,
-        },
-    }
-
-
-def _public_name(model_id: str) -> str:
-    """Return a model's hub id, or the name of its folder without the path to it."""
-    return Path(model_id).name if Path(model_id).is_dir() else model_id
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()

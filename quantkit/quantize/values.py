@@ -82,7 +82,8 @@ def _measure(tensors: dict[str, Tensor], scheme: Scheme, source: TensorInfo) -> 
     """Return the relative error, that of rounding to nearest, and the most codes that a weight is away."""
     import torch
 
-    from quantkit_runtime.format import pack, quantize_rtn, rtn_grid, unpack
+    from quantkit_runtime.format import pack, unpack
+    from quantkit_runtime.rounding import quantize_rtn, rtn_grid
 
     norm = squares = rtn_squares = most_steps = 0.0
     for rows, weight in read_rows(source):

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from quantkit.checkpoint import Component, Pipeline, open_pipeline, walk_files
+from quantkit.checkpoint import Component, ModelFolder, open_model, walk_files
 from quantkit.errors import CheckpointError
 from quantkit.families.base import Family
 from quantkit.families.registry import detect
@@ -65,15 +65,16 @@ def verify(
         on_progress: Told after each layer.
 
     Raises:
-        CheckpointError: If the folder cannot be read as a checkpoint at all, or nothing in it is quantized.
+        CheckpointError: If the folder cannot be read as a checkpoint at all, nothing in it is quantized, or the
+            source is.
     """
     result = Verification()
-    pipeline = open_pipeline(checkpoint)
-    family = detect(pipeline)
-    quantized = [part for part in pipeline.components.values() if part.quantization is not None]
+    written = open_model(checkpoint)
+    family = detect(written)
+    quantized = [part for part in written.components.values() if part.quantization is not None]
     if not quantized:
         raise CheckpointError(f"{checkpoint}: no component has a quantization_config; it is not quantized")
-    for component in pipeline.components.values():
+    for component in written.components.values():
         _ = component.tensors  # reads every header, raises on truncated files and incomplete indexes
         if not component.tensors and not component.class_name.endswith(("Scheduler", "Tokenizer", "TokenizerFast")):
             _check_weightless(component, result)
@@ -83,16 +84,26 @@ def verify(
     if planned is not None:
         _check_plan(result, planned)
         result.checked.append("layers and schemes against the plan")
-    original = open_pipeline(source) if source is not None else None
+    original = _open_original(source) if source is not None else None
     _check_values(quantized, original, result, on_progress)
     result.checked.append("scales and zero points")
     if original is not None:
-        _check_untouched(pipeline, original, result)
+        _check_untouched(written, original, result)
         result.checked.append("dequantized weights and untouched tensors against the source")
     if (checkpoint / MANIFEST).is_file():
         result.problems += check_hashes(checkpoint, on_progress)
         result.checked.append("sha256 of every file against the manifest")
     return result
+
+
+def _open_original(source: Path) -> ModelFolder:
+    original = open_model(source)
+    for component in original.components.values():
+        if component.quantization is not None:
+            raise CheckpointError(
+                f"{component.folder / 'config.json'}: the source is quantized itself; give the 16-bit original"
+            )
+    return original
 
 
 def _check_weightless(component: Component, result: Verification) -> None:
@@ -179,7 +190,7 @@ def _check_plan(result: Verification, planned: dict[str, list[PlannedLayer]]) ->
 
 
 def _check_values(
-    quantized: Sequence[Component], original: Pipeline | None, result: Verification, on_progress: OnProgress
+    quantized: Sequence[Component], original: ModelFolder | None, result: Verification, on_progress: OnProgress
 ) -> None:
     layers: list[tuple[Component, PlannedLayer, TensorInfo | None]] = []
     for component in quantized:
@@ -204,10 +215,10 @@ def _check_values(
             on_progress(Progress("verify", done, len(layers), layer.name))
 
 
-def _check_untouched(pipeline: Pipeline, original: Pipeline, result: Verification) -> None:
-    for name in sorted(original.components.keys() - pipeline.components.keys()):
-        result.problems.append(f"{pipeline.folder}: lacks the component {name} of the source")
-    for name, component in pipeline.components.items():
+def _check_untouched(written: ModelFolder, original: ModelFolder, result: Verification) -> None:
+    for name in sorted(original.components.keys() - written.components.keys()):
+        result.problems.append(f"{written.folder}: lacks the component {name} of the source")
+    for name, component in written.components.items():
         if name not in original.components:
             result.problems.append(f"{component.folder}: the source has no component {name}")
             continue

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint import open_pipeline
+from quantkit.checkpoint import open_model
 from quantkit.errors import RecipeError, ServabilityError
 from quantkit.inspect.servability import Finding, check_servability
 
@@ -148,7 +148,7 @@ def find_program() -> str:
 
 
 def _check(folder: Path) -> tuple[Finding, ...] | None:
-    if all(part.quantization is None for part in open_pipeline(folder).components.values()):
+    if all(part.quantization is None for part in open_model(folder).components.values()):
         return None
     findings = check_servability(folder, "vllm-omni")
     errors = [finding for finding in findings if finding.severity == "error"]

@@ -115,7 +115,7 @@ class PackedLayer(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         before = next(self.buffers())
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
         if next(self.buffers()) is not before:
             self._reset()
         return self

@@ -14,11 +14,12 @@ from torch.nn import functional
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.errors import BackendUnavailableError
 from quantkit_runtime.experts import PROJECTIONS, W4A16Experts
-from quantkit_runtime.format import dequantize, pack, quantize_rtn
+from quantkit_runtime.format import dequantize, pack
 from quantkit_runtime.kernels import backends
 from quantkit_runtime.kernels.dispatch import COMPUTE_MODES
 from quantkit_runtime.linear import W4A16Linear
 from quantkit_runtime.packed import PackedLayer
+from quantkit_runtime.rounding import quantize_rtn
 
 SECONDS = 10.0
 SCHEMES = (

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from quantkit_runtime import W4A16Linear
-from quantkit_runtime.format import SUPPORTED_BITS, Scheme, dequantize, pack, quantize_rtn, unpack
+from quantkit_runtime.format import SUPPORTED_BITS, Scheme, dequantize, pack, unpack
+from quantkit_runtime.rounding import quantize_rtn
 
 pytestmark = pytest.mark.gpu
 

@@ -6,8 +6,9 @@ from torch.nn import functional
 
 from quantkit_runtime import W4A16Experts, W4A16Linear
 from quantkit_runtime.config import Scheme
-from quantkit_runtime.format import dequantize, pack, quantize_rtn
+from quantkit_runtime.format import dequantize, pack
 from quantkit_runtime.kernels.accelerator import _quantize_rows
+from quantkit_runtime.rounding import quantize_rtn
 
 pytestmark = pytest.mark.gpu
 

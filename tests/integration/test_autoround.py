@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit.checkpoint import open_pipeline, read_tensors
+from quantkit.checkpoint import open_model, read_tensors
 from quantkit.quantize.tensors import read_tensor
 from quantkit.quantize.verify import verify
 
@@ -49,7 +49,7 @@ def autorounds_rtn(flux_model, tmp_path_factory):
 
 
 def test_rounding_is_bit_identical_to_autorounds_regular_rtn(rtn_checkpoint, autorounds_rtn):
-    ours, theirs = (open_pipeline(folder).components["transformer"] for folder in (rtn_checkpoint, autorounds_rtn))
+    ours, theirs = (open_model(folder).components["transformer"] for folder in (rtn_checkpoint, autorounds_rtn))
     assert_packed_tensors_equal(ours.tensors, theirs.tensors)
 
 
@@ -61,7 +61,7 @@ def test_verify_reads_a_checkpoint_that_autoround_wrote(autorounds_rtn):
 
 def test_our_metadata_is_autorounds_own(rtn_checkpoint, autorounds_rtn):
     ours, theirs = (
-        open_pipeline(folder).components["transformer"].quantization for folder in (rtn_checkpoint, autorounds_rtn)
+        open_model(folder).components["transformer"].quantization for folder in (rtn_checkpoint, autorounds_rtn)
     )
     keys = ("quant_method", "bits", "group_size", "sym", "data_type", "packing_format", "autoround_version")
     assert {key: ours[key] for key in keys} == {key: theirs[key] for key in keys}

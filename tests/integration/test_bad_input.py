@@ -219,6 +219,11 @@ def test_a_task_that_the_family_does_not_do(fails, model):
     assert line == "./recipe.yaml: model.task: flux does t2i, not t2v"
 
 
+def test_a_threshold_on_a_metric_that_does_not_exist(fails, model):
+    line = fails(RECIPE + "compare: {thresholds: {pnsr: {min: 30}}}\n", model)
+    assert line == "./recipe.yaml: compare.thresholds: pnsr: unknown metric (did you mean 'psnr'?)"
+
+
 def test_a_missing_prompt_file(fails, model):
     assert fails(TUNED, model).startswith("./recipe.yaml: prompts: no file prompts.txt (looked for ./prompts.txt, ")
 
@@ -258,3 +263,12 @@ def test_a_damaged_checkpoint_is_one_line_for_the_other_verbs_too(
         main()
     assert caught.value.code == 2
     assert capsys.readouterr().err == f"error: {path}: is truncated or no safetensors file; copy it again\n"
+
+
+def test_a_source_that_is_quantized_itself_is_no_original(rtn_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quantkit", "verify", str(rtn_checkpoint), "--source", str(rtn_checkpoint)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    config = rtn_checkpoint / "transformer" / "config.json"
+    assert capsys.readouterr().err == f"error: {config}: the source is quantized itself; give the 16-bit original\n"

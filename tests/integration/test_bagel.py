@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from quantkit.checkpoint import open_pipeline
+from quantkit.checkpoint import open_model
 from quantkit.cli.main import app
 from quantkit.errors import CheckpointError
 from quantkit.quantize import tuning
@@ -20,8 +20,9 @@ from quantkit.quantize.verify import verify
 from quantkit.recipe import load_recipe
 from quantkit_runtime import load_model
 from quantkit_runtime.config import Scheme
-from quantkit_runtime.format import dequantize, pack, quantize_rtn
+from quantkit_runtime.format import dequantize, pack
 from quantkit_runtime.linear import W4A16Linear
+from quantkit_runtime.rounding import quantize_rtn
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "bagel.yaml"
 BLOCKS = "language_model.model.layers"
@@ -265,7 +266,7 @@ def test_a_model_is_recognised_by_its_type_where_no_architecture_is_named(source
     config = json.loads((folder / "config.json").read_text())
     del config["architectures"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert open_pipeline(folder).class_name == "bagel"
+    assert open_model(folder).class_name == "bagel"
     assert len(prepare(load_recipe(RECIPE, ["scheme.group_size=64"]), folder).plan.components[0].layers) == 14
 
 

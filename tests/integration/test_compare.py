@@ -208,6 +208,7 @@ def test_an_undecided_comparison_exits_with_3(quantkit, reference, slight, tmp_p
         (["--max-new-tokens", "9"], "flux takes no max_new_tokens"),
         (["--device", "toaster"], "device: 'toaster'"),
         (["--backend", "nonsense"], "backend: 'nonsense' is unknown"),
+        (["--compute", "int8"], "compute: 'int8' is unknown; use one of auto, 16bit, fp8"),
         (["--candidate", "nowhere"], "nowhere: no such folder"),
         (["--recipe", "no-such"], "no-such: no such recipe"),
     ],
@@ -228,6 +229,54 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(quantkit, reference, tmp_pa
     assert [message in line for line in err.splitlines() if line.startswith("error:")] == [True]
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "triton"], "backend 'triton' cannot run here: it needs the weights on a CUDA or XPU device"),
+        (["--compute", "fp8"], "no backend serves linear with compute 'fp8' on cpu"),
+    ],
+)
+def test_packed_layers_without_a_kernel_are_refused_before_the_reference_runs(
+    quantkit, flux_model, rtn_checkpoint, tmp_path, arguments, message, monkeypatch
+):
+    monkeypatch.setattr("quantkit.compare.run.Sampler", None)
+    options = [
+        "--reference",
+        flux_model,
+        "--candidate",
+        rtn_checkpoint,
+        "--output",
+        tmp_path / "out",
+        "--prompt",
+        "x",
+    ]
+    code, _, err = quantkit("compare", *options, "--device", "cpu", *arguments)
+    assert code == 2
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_compute_mode_of_packed_layers_is_asked_of_the_runtime_and_recorded(
+    flux_model, rtn_checkpoint, tmp_path, monkeypatch
+):
+    import quantkit_runtime
+
+    load, asked = quantkit_runtime.load_pipeline, []
+
+    def recording(*arguments, **options):
+        asked.append(options["compute"])
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(quantkit_runtime, "load_pipeline", recording, raising=False)
+    request = Request(
+        flux_model, rtn_checkpoint, PROMPTS[:1], (0,), sampling=(SAMPLING,), device="cpu", compute="16bit"
+    )
+    result = compare(request, tmp_path / "result")
+    assert asked == ["16bit", "16bit"]
+    assert result.compute == "16bit"
+    assert "compute 16bit" in (tmp_path / "result" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_model_of_another_width_is_refused_in_one_line(quantkit, reference, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit.checkpoint import open_pipeline
+from quantkit.checkpoint import open_model
 from quantkit.errors import QuantizationError, RecipeError
 from quantkit.quantize.run import prepare, quantize
 from quantkit.quantize.tensors import read_tensor
@@ -149,7 +149,7 @@ def dequantized(source, checkpoint):
     """Load a source with the packed layers' weights replaced by what they dequantize to."""
     pipeline = load(source)
     for name, layers in verify(checkpoint).layers.items():
-        tensors = open_pipeline(checkpoint).components[name].tensors
+        tensors = open_model(checkpoint).components[name].tensors
         for layer in layers:
             packed = {key: read_tensor(tensors[f"{layer.name}.{key}"]) for key in ("qweight", "scales", "qzeros")}
             module = getattr(pipeline, name).get_submodule(layer.name)
@@ -204,7 +204,7 @@ def test_the_unquantized_pipeline_generates_and_differs_from_the_quantized(quant
 def test_tuning_changes_every_component(quantized, model):
     rounded, tuned = quantized(model).output, quantized(model, *TUNED).output
     for name in CASES[model].layers:
-        one, other = (open_pipeline(folder).components[name].tensors for folder in (rounded, tuned))
+        one, other = (open_model(folder).components[name].tensors for folder in (rounded, tuned))
         assert any(
             not torch.equal(read_tensor(one[key]), read_tensor(other[key])) for key in one if "qweight" in key
         )
@@ -256,7 +256,7 @@ def test_no_loader_looks_for_packed_layers_outside_the_blocks(quantized, model):
     from quantkit_runtime.config import QuantizationConfig
 
     for name in CASES[model].layers:
-        component = open_pipeline(quantized(model).output).components[name]
+        component = open_model(quantized(model).output).components[name]
         config = QuantizationConfig.from_dict(component.quantization)
         kept = [key.removesuffix(".weight") for key in component.tensors if key.endswith(".weight")]
         assert [

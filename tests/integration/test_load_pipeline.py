@@ -17,7 +17,8 @@ from tiny import build_flux
 
 from quantkit_runtime import W4A16Linear, load_model, load_pipeline
 from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, MissingDependencyError
-from quantkit_runtime.format import QuantizationConfig, Scheme, dequantize, pack, quantize_rtn
+from quantkit_runtime.format import QuantizationConfig, Scheme, dequantize, pack
+from quantkit_runtime.rounding import quantize_rtn
 
 GROUP_SIZE = 64
 VARIANTS = [(4, True), (4, False), (2, True), (3, True), (8, True)]

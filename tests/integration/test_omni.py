@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import quantkit_runtime
-from quantkit.checkpoint import open_pipeline
+from quantkit.checkpoint import open_model
 from quantkit.compare.request import Request
 from quantkit.compare.run import compare
 from quantkit.errors import QuantizationError, RecipeError
@@ -93,7 +93,7 @@ def tuned(models, run, tmp_path_factory):
 
 
 def component(folder):
-    return open_pipeline(folder).components["model"]
+    return open_model(folder).components["model"]
 
 
 def assert_untouched(source, checkpoint, packed):
@@ -142,10 +142,10 @@ def dequantized(source, checkpoint):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_plan_is_the_thinkers_language_model_and_nothing_else(models, run, name):
-    pipeline = open_pipeline(models[name])
-    family = detect(pipeline)
+    source = open_model(models[name])
+    family = detect(source)
     assert family.name == name
-    [part] = make_plan(pipeline, family, load_recipe(run.recipe, ()).recipe).components
+    [part] = make_plan(source, family, load_recipe(run.recipe, ()).recipe).components
     wanted = {LAYER.format(block) + layer for block in range(2) for layer in PLANNED[name]}
     assert {layer.name for layer in part.layers} == wanted
     kept = dict(part.kept)

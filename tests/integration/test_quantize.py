@@ -6,7 +6,7 @@ import stat
 import pytest
 import torch
 
-from quantkit.checkpoint import open_pipeline
+from quantkit.checkpoint import open_model
 from quantkit.quantize.manifest import hash_file
 from quantkit.quantize.verify import verify
 
@@ -69,7 +69,7 @@ def test_the_model_card_has_the_block_that_hubs_read(rtn_checkpoint):
 def test_predicted_bytes_are_the_written_bytes(quantize_tiny, tmp_path):
     result = quantize_tiny(tmp_path / "out", "scheme.bits=8", "layers.exclude=['*.to_q']")
     [part] = result.plan.components
-    written = open_pipeline(result.output).components["transformer"].tensors
+    written = open_model(result.output).components["transformer"].tensors
     assert sum(info.nbytes for info in written.values()) == part.nbytes_after
 
 
@@ -99,11 +99,11 @@ def test_the_folders_can_be_entered_by_everyone(rtn_checkpoint, path):
 
 def test_a_sharded_export_holds_the_same_tensors(quantize_tiny, rtn_checkpoint, flux_model, tmp_path):
     output = quantize_tiny(tmp_path / "sharded", "export.max_shard_size=300KB").output
-    sharded = open_pipeline(output).components["transformer"]
+    sharded = open_model(output).components["transformer"]
     assert len(sharded.weight_files) > 3
     assert all(path.stat().st_size < 330_000 for path in sharded.weight_files)
     assert verify(output, source=flux_model).problems == []
-    assert_same_tensors(sharded, open_pipeline(rtn_checkpoint).components["transformer"])
+    assert_same_tensors(sharded, open_model(rtn_checkpoint).components["transformer"])
     index = json.loads((output / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(info.nbytes for info in sharded.tensors.values())
 
@@ -136,7 +136,7 @@ def test_a_sharded_source_gives_the_same_tensors(quantize_tiny, rtn_checkpoint, 
     )
     output = quantize_tiny(tmp_path / "out", source=source).output
     assert not (output / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors").exists()
-    assert_same_tensors(*(open_pipeline(folder).components["transformer"] for folder in (output, rtn_checkpoint)))
+    assert_same_tensors(*(open_model(folder).components["transformer"] for folder in (output, rtn_checkpoint)))
 
 
 @pytest.mark.parametrize("iters", [0, 1])
@@ -153,7 +153,7 @@ def test_a_mixed_scheme_is_written_as_planned(quantize_tiny, flux_model, tmp_pat
     assert {name for name, value in bits.items() if value == 8} == {
         name for name in bits if name.endswith("attn.to_q")
     }
-    kept = open_pipeline(output).components["transformer"].tensors["transformer_blocks.0.ff.net.2.weight"]
+    kept = open_model(output).components["transformer"].tensors["transformer_blocks.0.ff.net.2.weight"]
     assert kept.dtype == "BF16"
 
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_draws_what_its_dequantized_weights_draw(
     from quantkit_runtime.format import dequantize
 
     checkpoint = tuned_checkpoint.output if overrides else rtn_checkpoint
-    packed = open_pipeline(checkpoint).components["transformer"]
+    packed = open_model(checkpoint).components["transformer"]
     reference = load_pipeline(flux_model, device="cpu", dtype=torch.float32)
     weights = dict(reference.transformer.named_parameters())
     from quantkit.quantize.tensors import read_tensor

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from quantkit_runtime import W4A16Experts, W4A16Linear
 from quantkit_runtime.config import Scheme
-from quantkit_runtime.format import dequantize, pack, quantize_rtn
+from quantkit_runtime.format import dequantize, pack
+from quantkit_runtime.rounding import quantize_rtn
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     # It must be set before triton is imported, and would make the CPU take these kernels in other tests.

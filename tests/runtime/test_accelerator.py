@@ -11,7 +11,7 @@ from quantkit_runtime.kernels.crossover import DEFAULT_FUSED_ROWS, cache_file, f
 CUDA, XPU = torch.device("cuda"), torch.device("xpu")
 
 
-def linear(device, scheme=Scheme(), dtype=torch.bfloat16, compute="16bit", sizes=(256, 96)):  # noqa: B008
+def linear(device, scheme=Scheme(), dtype=torch.bfloat16, compute="16bit", sizes=(256, 96)):  # noqa: B008 - it is frozen
     return LinearSpec(*sizes, scheme, device, dtype, compute)
 
 

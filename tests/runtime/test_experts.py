@@ -7,10 +7,11 @@ from torch.nn import functional
 from quantkit_runtime import W4A16Experts
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, QuantkitRuntimeError
-from quantkit_runtime.format import dequantize, pack, quantize_rtn
+from quantkit_runtime.format import dequantize, pack
 from quantkit_runtime.kernels import register
 from quantkit_runtime.kernels.cpu_experts import MAX_INT4_ROWS
 from quantkit_runtime.kernels.dispatch import _REGISTRY
+from quantkit_runtime.rounding import quantize_rtn
 
 EXPERTS, HIDDEN, INNER, TOKENS, TOP_K = 4, 128, 64, 9, 2
 

@@ -14,10 +14,9 @@ from quantkit_runtime.format import (
     dequantize,
     pack,
     packed_tensors,
-    quantize_rtn,
-    rtn_grid,
     unpack,
 )
+from quantkit_runtime.rounding import quantize_rtn, rtn_grid
 
 AWQ = "auto_round:auto_awq"
 GPTQ = "auto_round:auto_gptq"

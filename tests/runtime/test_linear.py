@@ -8,9 +8,10 @@ from torch import nn
 
 from quantkit_runtime import W4A16Linear
 from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, QuantkitRuntimeError
-from quantkit_runtime.format import Scheme, dequantize, pack, quantize_rtn, unpack
+from quantkit_runtime.format import Scheme, dequantize, pack, unpack
 from quantkit_runtime.kernels import LinearSpec, backends, register, resolve, why_not
 from quantkit_runtime.kernels.cpu import MAX_INT4_ROWS
+from quantkit_runtime.rounding import quantize_rtn
 
 K, N = 256, 96
 

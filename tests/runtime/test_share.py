@@ -6,9 +6,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from quantkit_runtime.config import Scheme
-from quantkit_runtime.format import dequantize, pack, quantize_rtn
+from quantkit_runtime.format import dequantize, pack
 from quantkit_runtime.parallel.cuts import Cut
 from quantkit_runtime.parallel.share import Share
+from quantkit_runtime.rounding import quantize_rtn
 
 SCHEMES = {
     "gptq": Scheme(group_size=32),
@@ -30,7 +31,7 @@ def shares(style, features, proportions, scheme):
 
 def take(path, share):
     with safe_open(path, framework="pt") as file:
-        return {name: share.take(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+        return {name: share.take(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def expected(weight, style, proportions):

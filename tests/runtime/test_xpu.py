@@ -9,9 +9,10 @@ import torch
 
 from quantkit_runtime import W4A16Linear
 from quantkit_runtime.config import Scheme
-from quantkit_runtime.format import dequantize, pack, quantize_rtn, unpack
+from quantkit_runtime.format import dequantize, pack, unpack
 from quantkit_runtime.kernels import LinearSpec, resolve, why_not
 from quantkit_runtime.kernels.xpu import MAX_INT4_ROWS, NAME, prepare, repack
+from quantkit_runtime.rounding import quantize_rtn
 
 K, N = 256, 48
 SCHEMES = [

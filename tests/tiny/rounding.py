@@ -11,7 +11,9 @@ def round_component(source: Path, target: Path, blocks: tuple[str, ...], *, bits
     """Copy a folder of one model, the Linears of some blocks rounded to nearest and packed; return its folder."""
     from safetensors.torch import load_file, save_file
 
-    from quantkit_runtime.format import Scheme, pack, quantize_rtn
+    from quantkit_runtime.config import Scheme
+    from quantkit_runtime.format import pack
+    from quantkit_runtime.rounding import quantize_rtn
 
     scheme = Scheme(bits=bits, group_size=group_size, sym=True)
     shutil.copytree(source, target, copy_function=shutil.copyfile)  # files of an installed package may be read-only

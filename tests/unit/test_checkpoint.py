@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from quantkit.checkpoint import open_pipeline, read_header, read_json, read_tensors
+from quantkit.checkpoint import open_model, read_header, read_json, read_tensors
 from quantkit.errors import CheckpointError
 
 
@@ -36,13 +36,13 @@ def test_a_pipeline_lists_components_and_the_files_beside_them(write, tmp_path):
     write({"quantization_config": {"bits": 4}}, "vae/config.json")
     write(b"", "README.md")
     write(b"", ".cache/hidden")
-    pipeline = open_pipeline(tmp_path)
-    assert list(pipeline.components) == ["vae"]
-    vae = pipeline.components["vae"]
+    opened = open_model(tmp_path)
+    assert list(opened.components) == ["vae"]
+    vae = opened.components["vae"]
     assert (vae.library, vae.class_name, vae.quantization) == ("diffusers", "AutoencoderKL", {"bits": 4})
     assert [path.name for path in vae.weight_files] == ["diffusion_pytorch_model.safetensors"]
     assert vae.nbytes == len(ONE) + len('{"quantization_config": {"bits": 4}}')
-    assert [path.name for path in pipeline.other_files] == ["README.md", "model_index.json"]
+    assert [path.name for path in opened.other_files] == ["README.md", "model_index.json"]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_damaged_pipeline_is_refused_with_file_key_and_mend(write, tmp_path, i
     (tmp_path / "vae").mkdir()
     write(index, "model_index.json")
     with pytest.raises(CheckpointError, match=reason):
-        open_pipeline(tmp_path)
+        open_model(tmp_path)
 
 
 OMNI = {"architectures": ["OmniModel"], "model_type": "omni", "dtype": "bfloat16"}
@@ -73,13 +73,13 @@ def test_a_single_model_is_one_component_that_holds_all_files(write, tmp_path):
     write(OMNI, "config.json")
     write(ONE, "model.safetensors")
     write(b"speakers", "spk_dict.pt")
-    pipeline = open_pipeline(tmp_path)
-    assert pipeline.class_name == "OmniModel"
-    assert list(pipeline.components) == ["model"]
-    model = pipeline.components["model"]
+    opened = open_model(tmp_path)
+    assert opened.class_name == "OmniModel"
+    assert list(opened.components) == ["model"]
+    model = opened.components["model"]
     assert (model.library, model.class_name, model.folder) == ("transformers", "OmniModel", tmp_path)
     assert list(model.tensors) == ["x"]
-    assert pipeline.other_files == []
+    assert opened.other_files == []
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,14 @@ def test_a_single_model_is_one_component_that_holds_all_files(write, tmp_path):
 def test_a_damaged_single_model_is_refused_with_file_key_and_mend(write, tmp_path, config, reason):
     write(config, "config.json")
     with pytest.raises(CheckpointError, match=reason):
-        open_pipeline(tmp_path)
+        open_model(tmp_path)
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"has neither model_index\.json nor config\.json; give the root of"):
-        open_pipeline(tmp_path)
+        open_model(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
-        open_pipeline(tmp_path / "none")
+        open_model(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

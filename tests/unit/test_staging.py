@@ -189,7 +189,7 @@ def test_a_path_at_which_nothing_can_be_written_is_refused(tmp_path, path, reaso
     before = sorted(os.listdir(tmp_path))  # noqa: PTH208 - a loop of links cannot be walked
     with pytest.raises(OutputError, match=reason), stage(tmp_path / Path(path), overwrite=False, need_bytes=0):
         pytest.fail("was entered")  # pragma: no cover
-    assert sorted(os.listdir(tmp_path)) == before  # noqa: PTH208
+    assert sorted(os.listdir(tmp_path)) == before  # noqa: PTH208 - as above
 
 
 def test_a_folder_without_write_permission_is_refused(tmp_path):

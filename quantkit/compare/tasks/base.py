@@ -42,6 +42,7 @@ class Context:
         work: For files that are not part of the output.
         device: Where the models run.
         dtype: Of 16 (or 32) bit weights and activations.
+        compute: How packed layers compute.
         backend: Kernel backend of packed layers.
         compile: Whether repeated blocks are compiled.
         family: Of both models.
@@ -54,6 +55,7 @@ class Context:
     work: Path
     device: torch.device
     dtype: torch.dtype
+    compute: str
     backend: str
     compile: bool
     family: Any
@@ -147,6 +149,7 @@ def load_with(loader: Callable[..., Any], folder: Path, context: Context) -> Any
             folder,
             device=context.device,
             dtype=context.dtype,
+            compute=context.compute,
             backend=context.backend,
             compile=context.compile,
         )

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint import Component, Pipeline, open_pipeline, read_json
+from quantkit.checkpoint import Component, ModelFolder, open_model, read_json
 from quantkit.families.base import Family
 from quantkit.families.registry import detect
 from quantkit.recipe.schema import Recipe
@@ -75,7 +75,7 @@ def list_published() -> list[str]:
     return sorted(str(folder.relative_to(ROOT)) for folder in found)
 
 
-def open_published(hub_id: str) -> Pipeline:
+def open_published(hub_id: str) -> ModelFolder:
     """Open a published model without its weights.
 
     Args:
@@ -84,15 +84,15 @@ def open_published(hub_id: str) -> Pipeline:
     Raises:
         UnsupportedModelError: If no family knows it.
     """
-    pipeline = open_pipeline(ROOT / hub_id)
-    family = detect(pipeline)
-    path = pipeline.folder / _STORED
+    source = open_model(ROOT / hub_id)
+    family = detect(source)
+    path = source.folder / _STORED
     stored = read_json(path) if path.is_file() else {}
     components = {
         name: PublishedComponent(part.name, part.library, part.class_name, part.folder, family, stored)
-        for name, part in pipeline.components.items()
+        for name, part in source.components.items()
     }
-    return replace(pipeline, components=components)
+    return replace(source, components=components)
 
 
 def size_key(recipe: Recipe) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class Batch:
         device = self._head.weight.device
         inputs = {name: value.to(device) for name, value in answer.inputs.items()}
         cache = import_optional("transformers").DynamicCache(config=self._decoder.config)
-        hidden_1TH = self._reader(**inputs, past_key_values=cache, use_cache=True).last_hidden_state  # noqa: N806
+        hidden_1TH = self._reader(**inputs, past_key_values=cache, use_cache=True).last_hidden_state  # noqa: N806  (shape suffix)
         shift = getattr(self._reader, "rope_deltas", None)  # an image has fewer positions than tokens
         answer.position_shift = 0 if shift is None else int(shift.reshape(-1)[0])
         answer.inputs = {}
@@ -165,7 +165,7 @@ class Batch:
     def _write(self) -> list[Piece]:
         count = len(self._running)
         parts = [(row, 1) for row in range(count)] if self._exact else [(0, count)]
-        logits_BV = torch.cat([self._forward(*part) for part in parts])  # noqa: N806
+        logits_BV = torch.cat([self._forward(*part) for part in parts])  # noqa: N806  (shape suffix)
         pieces = [self._take(answer, row) for answer, row in zip(self._running, logits_BV, strict=True)]
         for row in reversed(range(count)):
             if pieces[row].is_last:
@@ -182,7 +182,7 @@ class Batch:
         if self._adds_masks:
             lowest = torch.finfo(self._head.weight.dtype).min
             mask = torch.zeros_like(mask, dtype=self._head.weight.dtype).masked_fill(~mask, lowest)
-        hidden_B1H = self._decoder(  # noqa: N806
+        hidden_B1H = self._decoder(  # noqa: N806  (shape suffix)
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions + shifts,
@@ -190,10 +190,10 @@ class Batch:
             use_cache=True,
         ).last_hidden_state
         self._cache.end_step()
-        logits_BV: Tensor = self._head(hidden_B1H)[:, -1]  # noqa: N806
+        logits_BV: Tensor = self._head(hidden_B1H)[:, -1]  # noqa: N806  (shape suffix)
         return logits_BV
 
-    def _take(self, answer: _Answer, logits_V: Tensor) -> Piece:  # noqa: N803
+    def _take(self, answer: _Answer, logits_V: Tensor) -> Piece:  # noqa: N803  (shape suffix)
         if not bool(logits_V.isfinite().all()):
             return Piece(answer.key, -1, "", None, failure="the model's logits are not finite")
         answer.token = answer.sampler.choose(logits_V)

@@ -116,7 +116,7 @@ class Speaker:
         device = model.thinker.get_output_embeddings().weight.device
         codes = 0
 
-        def choose(_ids: Tensor, scores_BV: Tensor) -> Tensor:  # noqa: N803
+        def choose(_ids: Tensor, scores_BV: Tensor) -> Tensor:  # noqa: N803  (shape suffix)
             """Leave no token but the one that is to come."""
             token = sampler.choose(scores_BV[0]) if self._script is None else self._script[len(self._tokens)]
             self._tokens.append(token)

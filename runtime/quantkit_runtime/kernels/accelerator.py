@@ -37,7 +37,7 @@ _MAX_UNSORTED_SLOTS = 128
 _MAX_BLOCK_ROWS = 64
 _MIN_HOPPER_TOKENS = 32  # of an expert, on average
 _MAX_16BIT_ROWS = 512  # with FP8 compute; above, its product makes up for the conversions even on Hopper
-_MAX_E4M3 = 448.0
+_MAX_E4M3 = torch.finfo(torch.float8_e4m3fn).max
 _MAX_JOINED_FEATURES = 8192
 
 

@@ -20,7 +20,7 @@ from quantkit_runtime.kernels.tiles import PART, TILE
 
 _MIN_TILES_PER_PROGRAM = 3
 _UNPACKED_AT_ONCE = 64
-_MAX_E4M3 = 448.0
+_MAX_E4M3 = torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def add_sums(model: nn.Module, shares: Mapping[str, Share], group: dist.ProcessG
         elif share.style == "row":
             summed = modules[name] if name in modules else modules[name.rpartition(".")[0]]
             summed.register_forward_hook(add_up)
-    model.tensor_parallel_group = group  # type: ignore[assignment]
+    model.tensor_parallel_group = group  # type: ignore[assignment]  # torch types every attribute as Tensor or Module
     model.register_forward_pre_hook(_check_inputs, with_kwargs=True)
 
 

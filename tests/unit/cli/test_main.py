@@ -130,6 +130,16 @@ def test_recipes_are_listed_shown_checked_and_copied(run, tmp_path):
     assert output.startswith("ok ")
 
 
+def test_a_recipe_that_bounds_a_metric_of_another_task_is_not_valid(run, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "version: 1\nmodel: {id: demo}\nscheme: {iters: 0}\ncompare: {thresholds: {token_kl: {max: 1}}}\n"
+    )
+    code, _, errors = run("recipes", "validate", recipe)
+    assert code == 2
+    assert errors.startswith(f"error: {recipe}: compare.thresholds: token_kl: unknown metric (")
+
+
 def test_a_recipe_is_never_copied_over_a_file(run, tmp_path):
     (tmp_path / "flux.yaml").write_text("mine")
     code, _, errors = run("recipes", "cp", "flux", tmp_path)

@@ -34,6 +34,17 @@ def test_the_demo_is_served_with_the_sampling_of_its_recipe(run):
     assert (settings.host, settings.limits.max_steps) == ("127.0.0.1", 30)
 
 
+def test_the_section_serve_of_a_recipe_is_stronger_than_its_sampling(run, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "version: 1\nmodel: {id: demo}\nscheme: {iters: 0}\n"
+        "sampling: {height: 64, num_inference_steps: 20}\nserve: {num_inference_steps: 7}\n"
+    )
+    _, _, [settings] = run("demo", "--device", "cpu", "--recipe", recipe)
+    defaults = settings.models["demo"].defaults
+    assert (defaults["height"], defaults["num_inference_steps"]) == (64, 7)
+
+
 def test_a_default_on_the_command_line_is_stronger_than_the_recipes(run):
     _, _, [settings] = run("demo", "--device", "cpu", "--default", "num_inference_steps=3")
     assert settings.models["demo"].defaults["num_inference_steps"] == 3
@@ -50,6 +61,13 @@ def test_a_default_on_the_command_line_is_stronger_than_the_recipes(run):
         (["demo", "--log-format", "xml"], "--log-format xml: use json or text"),
         (["demo", "--api-key-file", "/no/such/file"], "--api-key-file /no/such/file: cannot be read"),
         (["demo", "--cfg-parallel", "3"], "--cfg-parallel"),
+        (["demo", "--default", "height=tall"], "--default height: input should be a valid integer"),
+        (["demo", "--default", "num_inference_steps=0"], "--default num_inference_steps: input should be greater"),
+        (["demo", "--port", "70000"], "less than or equal to 65535"),
+        (["demo", "--backend", "cublas"], "backend: 'cublas' is unknown; use one of auto"),
+        (["demo", "--compute", "int8"], "compute: 'int8' is unknown; use one of auto, 16bit, fp8"),
+        (["demo", "--max-replicas", "3"], "--max-replicas: only --engine ray grows"),
+        (["demo", "--ray-address", "auto"], "--ray-address: only --engine ray grows"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_served(run, arguments, words, monkeypatch):

@@ -87,7 +87,7 @@ def write_model(folder: Path, *, layers: int = 2, class_name: str = "FluxPipelin
     }
     config = {"num_layers": layers}
     if behaviour.get("error"):
-        config["quantization_config"] = {"bits": 4, "group_size": 128, "sym": True}
+        config["quantization_config"] = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True}
     for path, content in {
         "model_index.json": index,
         "transformer/config.json": config,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.checkpoint import open_pipeline
+from quantkit.checkpoint import open_model
 from quantkit.compare import footprint
 from quantkit.compare.footprint import PeakMemory, disk_bytes, quantization_of, weight_bytes
 from quantkit_runtime import W4A16Linear
@@ -64,7 +64,7 @@ def test_a_peak_that_cannot_be_measured_is_none_with_the_reason(monkeypatch, tmp
 
 
 def test_size_and_scheme_of_a_folder_are_read_by_component(model):
-    plain, packed = open_pipeline(model("plain")), open_pipeline(model("packed", error=0.1))
+    plain, packed = open_model(model("plain")), open_model(model("packed", error=0.1))
     assert quantization_of(plain) == {}
     assert quantization_of(packed) == {"transformer": "W4A16, group 128, symmetric"}
     files = list((packed.folder / "transformer").iterdir())

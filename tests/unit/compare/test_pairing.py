@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from quantkit.checkpoint import open_pipeline
+from quantkit.checkpoint import open_model
 from quantkit.compare.pairing import check_same_architecture
 from quantkit.errors import UnsupportedModelError
 
@@ -18,7 +18,7 @@ def pair(model):
 
 
 def check(pair):
-    check_same_architecture(*map(open_pipeline, pair))
+    check_same_architecture(*map(open_model, pair))
 
 
 def test_a_quantization_config_and_bookkeeping_do_not_matter(pair):

@@ -16,8 +16,10 @@ from quantkit.compare.metrics import CURVES
 from quantkit.compare.numbers import milliseconds, seconds, short, size, times
 from quantkit.compare.report import render
 from quantkit.compare.request import Request
+from quantkit.compare.result import Timing
 from quantkit.compare.run import compare
 from quantkit.compare.summary import spread, worst_first
+from quantkit.compare.tables import tiles
 from quantkit.errors import CheckpointError
 from quantkit.recipe.schema import Sampling, Threshold
 
@@ -92,6 +94,22 @@ def test_the_report_shows_verdict_thresholds_prompts_and_command(compared):
         "AlexNet weights are not at", "W4A16, group 128, symmetric", "\u2265 20",
     ):  # fmt: skip
         assert expected in text, expected
+
+
+@pytest.mark.parametrize(("slowest", "doubted"), [(20.0, False), (21.0, True)])
+def test_a_ratio_of_times_that_vary_widely_is_doubted(compared, slowest, doubted):
+    result, _ = compared()
+    times = Timing(median=12.0, p10=10.0, p90=slowest, count=9)
+    steady = Timing(median=11.0, p10=10.0, p90=12.0, count=9)
+    result = result.model_copy(
+        update={
+            "reference": result.reference.model_copy(update={"step_ms": times}),
+            "candidate": result.candidate.model_copy(update={"step_ms": steady}),
+        }
+    )
+    assert [tile["note"] for tile in tiles(result) if tile["label"].startswith("Time")] == [
+        "11 ms instead of 12 ms" + ", but the times vary widely" * doubted
+    ]
 
 
 def test_the_worst_prompt_is_seen_first(compared):

@@ -30,7 +30,7 @@ REFUSED = {
     "another family's key": ({"sampling": (Sampling(num_frames=5),)}, RecipeError, "flux takes no num_frames"),
     "device": ({"device": "cuda:9"}, RecipeError, "device: 'cuda:9' is not available here"),
     "dtype": ({"dtype": "int8"}, RecipeError, "dtype: 'int8' is unknown"),
-    "compute": ({"compute": "fp4"}, RecipeError, "compute 'fp4' does not exist"),
+    "compute": ({"compute": "fp4"}, RecipeError, "compute: 'fp4' is unknown; use one of auto, 16bit, fp8"),
     "backend": ({"backend": "marlin"}, RecipeError, "backend: 'marlin' is unknown"),
     "three branches": ({"cfg_parallel": 3}, RecipeError, "--cfg-parallel: must be 1 or 2"),
     "no rank": ({"tensor_parallel": 0}, RecipeError, "--tensor-parallel: must be at least 1"),

@@ -2,10 +2,11 @@
 
 import pytest
 
-from quantkit.checkpoint import open_pipeline
+from quantkit.checkpoint import open_model
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.families.registry import detect
-from quantkit.quantize.plan import make_plan, quantization_config
+from quantkit.quantize.metadata import quantization_config
+from quantkit.quantize.plan import make_plan
 from quantkit.recipe.schema import Recipe
 
 DOUBLE = [
@@ -38,8 +39,8 @@ def plan(flux_model):
                 layers=layers or {},
             ).model_dump_json(warnings=False)
         )
-        pipeline = open_pipeline(flux_model)
-        [part] = make_plan(pipeline, detect(pipeline), recipe).components
+        source = open_model(flux_model)
+        [part] = make_plan(source, detect(source), recipe).components
         return part
 
     return plan_with
@@ -176,10 +177,10 @@ def damaged(flux_model, tmp_path):
             data = load_file(weights)
             tensors(data)
             save_file(data, weights)
-        pipeline = open_pipeline(folder)
+        source = open_model(folder)
         recipe = Recipe.model_validate_json('{"version": 1, "model": {"id": "a"}, "scheme": {"iters": 0}}')
         with pytest.raises(CheckpointError) as caught:
-            make_plan(pipeline, detect(pipeline), recipe)
+            make_plan(source, detect(source), recipe)
         return str(caught.value).removeprefix(f"{folder}/")
 
     return damage
@@ -222,7 +223,7 @@ def test_a_model_that_is_quantized_already_is_refused(damaged):
     ],
 )
 def test_a_pattern_means_one_component_if_it_begins_with_its_name(tiny_model, pattern, excluded):
-    pipeline = open_pipeline(tiny_model("wan_t2v"))
+    source = open_model(tiny_model("wan_t2v"))
     recipe = Recipe.model_validate(
         {
             "version": 1,
@@ -231,7 +232,7 @@ def test_a_pattern_means_one_component_if_it_begins_with_its_name(tiny_model, pa
             "layers": {"exclude": (pattern,)},
         }
     )
-    plan = make_plan(pipeline, detect(pipeline), recipe)
+    plan = make_plan(source, detect(source), recipe)
     kept = {part.component.name: len(part.kept_in_blocks) for part in plan.components}
     assert kept == excluded
 

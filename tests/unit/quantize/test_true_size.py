@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from quantkit.checkpoint import SINGLE_MODEL, open_pipeline
+from quantkit.checkpoint import SINGLE_MODEL, open_model
 from quantkit.errors import UnsupportedModelError
 from quantkit.families.published import (
     ROOT,
@@ -58,7 +58,7 @@ PUBLISHED = [
 
 def _is_known(hub_id):
     try:
-        detect(open_pipeline(ROOT / hub_id))
+        detect(open_model(ROOT / hub_id))
     except UnsupportedModelError:
         return False
     return True
@@ -152,9 +152,9 @@ def test_a_plan_without_weights_is_that_of_the_weights(flux_model, tmp_path, mon
         prepare(loaded, source).plan for source in (open_published("someone/tiny-flux"), flux_model)
     )
     assert without.as_dict() == with_weights.as_dict()
-    for name, component in with_weights.pipeline.components.items():
-        assert without.pipeline.components[name].nbytes == sum(info.nbytes for info in component.tensors.values())
-        assert without.pipeline.components[name].parameters == component.parameters
+    for name, component in with_weights.source.components.items():
+        assert without.source.components[name].nbytes == sum(info.nbytes for info in component.tensors.values())
+        assert without.source.components[name].parameters == component.parameters
 
 
 @pytest.mark.parametrize("hub_id", KNOWN)
