@@ -6,7 +6,13 @@ import torch
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.errors import BackendUnavailableError
 from quantkit_runtime.kernels import ExpertsSpec, LinearSpec, resolve, why_not
-from quantkit_runtime.kernels.crossover import DEFAULT_FUSED_ROWS, cache_file, fused_rows, save
+from quantkit_runtime.kernels.crossover import (
+    DEFAULT_FUSED_ROWS,
+    HOPPER_FUSED_ROWS,
+    cache_file,
+    fused_rows,
+    save,
+)
 
 CUDA, XPU = torch.device("cuda"), torch.device("xpu")
 
@@ -79,6 +85,14 @@ def test_without_triton_or_without_a_gpu_the_reason_says_so(gpu, monkeypatch):
     gpu(9, 0)
     monkeypatch.setattr("quantkit_runtime.kernels.accelerator._has_triton", lambda: False)
     assert "pip install triton" in why_not("linear", "triton", linear(CUDA))
+
+
+def test_a_hopper_card_that_nobody_has_measured_unpacks_more_rows_in_registers_than_others(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("quantkit_runtime.kernels.crossover.device_name", lambda _device: "a new card")
+    assert fused_rows(CUDA) == DEFAULT_FUSED_ROWS
+    monkeypatch.setattr("quantkit_runtime.kernels.hopper_launch.runs_on", lambda _device: True)
+    assert fused_rows(CUDA) == HOPPER_FUSED_ROWS
 
 
 def test_a_measured_border_is_kept_for_the_user_and_a_damaged_file_is_none(monkeypatch, tmp_path):

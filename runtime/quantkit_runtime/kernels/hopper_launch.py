@@ -47,6 +47,7 @@ def runs_on(device: torch.device) -> bool:
     return (
         device.type == "cuda"
         and torch.version.cuda is not None
+        and torch.cuda.is_available()
         and torch.cuda.get_device_capability(device) == CAPABILITY
         and importlib.util.find_spec("triton.experimental.gluon") is not None
     )
