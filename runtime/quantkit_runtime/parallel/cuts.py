@@ -70,6 +70,8 @@ def list_cuts(model: nn.Module, ranks: int, scheme_of: SchemeOf) -> list[Cut]:
     for name, (module, (style, proportions)) in _planned(model).items():
         if style == "norm":
             cuts.append(Cut(name, "features", style, (module.weight.shape[0],)))
+        elif style == "table":
+            cuts.append(Cut(name, "heads", style, (module.embedding_dim,)))
         elif style == "experts":
             cuts.append(_cut_experts(name, module, scheme_of))
         else:
