@@ -96,10 +96,10 @@ ENCODERS = ("Qwen3Model", "T5EncoderModel", "UMT5EncoderModel")
 """Text encoders of pipelines that are shared, too, where their sizes allow it."""
 _MORE: Mapping[str, Mapping[str, Entry]] = {"FluxTransformer2DModel": _FLUX_MODULATIONS}
 """What is cut beside the layers of diffusers' plan."""
-COUNTS: Mapping[str, Mapping[str, str]] = {
-    "OvisImageTransformer2DModel": {"single_transformer_blocks.*": "mlp_hidden_dim"},
-    "T5EncoderModel": {_T5_ATTENTION: "n_heads"},
-    "UMT5EncoderModel": {_T5_ATTENTION: "n_heads"},
+COUNTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "OvisImageTransformer2DModel": {"single_transformer_blocks.*": ("mlp_hidden_dim",)},
+    "T5EncoderModel": {_T5_ATTENTION: ("n_heads", "inner_dim")},
+    "UMT5EncoderModel": {_T5_ATTENTION: ("n_heads", "inner_dim")},
 }
 """Attributes that are divided by the ranks, beside the ``heads`` of attention: modules split outputs by them."""
 
