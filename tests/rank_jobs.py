@@ -13,6 +13,7 @@ from quantkit_runtime import load_model, load_pipeline
 from quantkit_runtime.errors import ParallelError
 from quantkit_runtime.parallel import make_mesh, parallel_call
 from quantkit_runtime.parallel.launch import joined
+from quantkit_runtime.parallel.tensor import group_of
 
 
 def _rank():
@@ -154,6 +155,17 @@ def count_blocks(pipe):
     return counts
 
 
+def held_bytes(pipe):
+    """Return the bytes of the denoiser on this rank."""
+    return sum(tensor.nbytes for tensor in pipe.transformer.state_dict().values())
+
+
+def shared_encoders(pipe):
+    """Return the names of the classes of a pipeline's text encoders that share their weights with other ranks."""
+    components = pipe.components.values()
+    return sorted(type(model).__name__ for model in components if group_of(model) and model is not pipe.transformer)
+
+
 def logits_of(job, mesh=None):
     """Return a language model's logits for some tokens, and the bytes of its decoder's layers."""
     shared = None if mesh is None else mesh["tensor"]
@@ -198,5 +210,4 @@ def _run(job, mesh, device):
         found["error"] = str(error)
     else:
         found["latents"] = result_of(output).cpu()
-    held = sum(tensor.nbytes for tensor in pipe.transformer.state_dict().values())
-    return {**found, **counts, "held_bytes": held}
+    return {**found, **counts, "held_bytes": held_bytes(pipe), "encoders": shared_encoders(pipe)}

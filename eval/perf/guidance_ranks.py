@@ -55,7 +55,9 @@ class Run:
 
         self._folder, self._settings, self._way, self._device = folder, settings, way, device
         ranks = torch.arange(way.ranks).view(way.cfg, way.tensor)
-        self._mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("cfg", "tensor"))
+        # As in make_mesh, but of some of the ranks: those that share an accelerator cannot have nccl beside gloo.
+        only = (("gloo", None),) * 2 if dist.get_backend() == "gloo" else None
+        self._mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("cfg", "tensor"), backend_override=only)
         self._takes_part = dist.get_rank() < way.ranks
         self._clock = Clock(device, watch=not settings.compile)
         self._weight_bytes = 0

@@ -4,23 +4,27 @@ Builds the published architectures without weights and cuts them as loading does
 
     python eval/perf/rank_memory.py
 
-The last column is what is on every rank whole, in BF16: text encoders and VAE. Activations come on top.
+The other weights are those of text encoders and VAE, in BF16. Activations come on top.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from quantkit_runtime.architecture import build_transformers, class_of
 from quantkit_runtime.checkpoint import read_json
 from quantkit_runtime.config import Scheme
+from quantkit_runtime.errors import ParallelError
 from quantkit_runtime.format import packed_tensors
 from quantkit_runtime.parallel.call import DENOISERS
+from quantkit_runtime.parallel.cuts import SchemeOf
+from quantkit_runtime.parallel.plans import ENCODERS
 from quantkit_runtime.parallel.tensor import shard
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "quantkit" / "families" / "published"
@@ -37,19 +41,14 @@ SCHEME = Scheme()
 
 def weight_bytes(model: str, ranks: int, *, packed: bool) -> int:
     """Return the bytes of one denoiser that the first of some ranks holds; Linears of its blocks may be packed."""
-    import diffusers
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    path = PUBLISHED / model / "transformer" / "config.json"
 
     def scheme_of(name: str) -> Scheme | None:
         return SCHEME if packed and "blocks." in name else None
 
-    config = json.loads((PUBLISHED / model / "transformer" / "config.json").read_text(encoding="utf-8"))
-    with torch.device("meta"):
-        built = getattr(diffusers, config["_class_name"]).from_config(config)
+    built = build(path)
     if ranks > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-        shard(built, dist.group.WORLD, scheme_of)
-        dist.destroy_process_group()
+        cut(built, ranks, scheme_of)
     nbytes = 0
     for name, parameter in built.named_parameters():
         owner, _, attribute = name.rpartition(".")
@@ -62,35 +61,47 @@ def weight_bytes(model: str, ranks: int, *, packed: bool) -> int:
     return nbytes
 
 
-def whole_bytes(model: str) -> int:
-    """Return the bytes of all components but the denoisers, in BF16."""
-    folder = PUBLISHED / model
+def other_bytes(model: str, ranks: int) -> int:
+    """Return the bytes of all components but the denoisers, in BF16; text encoders that can be are shared."""
     nbytes = 0
-    for path in sorted(folder.glob("*/config.json")):
+    for path in sorted((PUBLISHED / model).glob("*/config.json")):
         if path.parent.name in DENOISERS:
             continue
-        config = read_json(path)
-        with torch.device("meta"):
-            if "_class_name" in config:
-                built = class_of(config, path).from_config(config)
-            else:
-                built = build_transformers(class_of(config, path), config, path, torch.bfloat16)
+        built = build(path)
+        if ranks > 1 and type(built).__name__ in ENCODERS:
+            with contextlib.suppress(ParallelError):  # it stays whole
+                cut(built, ranks, lambda _name: None)
         nbytes += 2 * sum(parameter.numel() for parameter in built.parameters())
     return nbytes
 
 
+def build(path: Path) -> nn.Module:
+    """Make the architecture of a ``config.json``, on the meta device."""
+    config = read_json(path)
+    with torch.device("meta"):
+        if "_class_name" in config:
+            model: nn.Module = class_of(config, path).from_config(config)
+            return model
+        return build_transformers(class_of(config, path), config, path, torch.bfloat16)
+
+
+def cut(model: nn.Module, ranks: int, scheme_of: SchemeOf) -> None:
+    """Make the layers of a model as small as the first rank's share."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        shard(model, dist.group.WORLD, scheme_of)
+    finally:
+        dist.destroy_process_group()
+
+
 def main() -> None:
     """Print the table."""
-    print(
-        f"{'GB of weights per rank':36}"
-        + "".join(f"{f'{kind} TP={n}':>11}" for kind in ("BF16", "W4") for n in RANKS)
-        + f"{'whole':>8}"
-    )
+    kinds = [f"{kind} TP={n}" for kind in ("BF16", "W4", "other") for n in RANKS]
+    print(f"{'GB of weights per rank':36}" + "".join(f"{kind:>11}" for kind in kinds))
     for model, count in MODELS.items():
-        sizes = [
-            count * weight_bytes(model, ranks, packed=packed) / 1e9 for packed in (False, True) for ranks in RANKS
-        ]
-        print(f"{model:36}" + "".join(f"{size:11.2f}" for size in sizes) + f"{whole_bytes(model) / 1e9:8.2f}")
+        sizes = [count * weight_bytes(model, ranks, packed=packed) for packed in (False, True) for ranks in RANKS]
+        sizes += [other_bytes(model, ranks) for ranks in RANKS]
+        print(f"{model:36}" + "".join(f"{size / 1e9:11.2f}" for size in sizes))
 
 
 if __name__ == "__main__":

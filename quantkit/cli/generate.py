@@ -77,7 +77,7 @@ def command(
     ] = 1,
     tensor_parallel: Annotated[
         int,
-        typer.Option("--tensor-parallel", help="Ranks that share the denoiser's weights.", rich_help_panel=_RANKS),
+        typer.Option("--tensor-parallel", help="Ranks that share the weights.", rich_help_panel=_RANKS),
     ] = 1,
     replicas: Annotated[
         int,

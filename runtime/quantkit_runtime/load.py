@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ from quantkit_runtime.compilation import compile_model, compile_pipeline
 from quantkit_runtime.config import QuantizationConfig, quantization_of
 from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, ParallelError
 from quantkit_runtime.optional import import_optional
-from quantkit_runtime.parallel.plans import has_plan
-from quantkit_runtime.parallel.tensor import group_of
+from quantkit_runtime.parallel.plans import ENCODERS, has_plan
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Voices of Qwen2.5-Omni's talker, without which it does not even write text.
@@ -52,9 +52,9 @@ def load_pipeline(
         backend: ``"auto"`` or the name of one kernel backend.
         compile: Compile the repeated blocks of the denoisers with their first call, see
             :mod:`quantkit_runtime.compilation`; what is going on is logged as ``quantkit_runtime``.
-        tensor_parallel: Ranks that share the denoiser's weights, packed or not: a process group or a device mesh of
-            one dimension. Every rank loads its part with the same call, and runs the pipeline through
-            ``quantkit_runtime.parallel``.
+        tensor_parallel: Ranks that share the weights of the denoiser, and of text encoders that can be, packed or
+            not: a process group or a device mesh of one dimension. Every rank loads its part with the same call,
+            and runs the pipeline through ``quantkit_runtime.parallel``.
 
     Returns:
         An ordinary ``diffusers.DiffusionPipeline`` on ``device``.
@@ -74,7 +74,7 @@ def load_pipeline(
     diffusers = import_optional("diffusers")
     index = read_json(index_path)
     group = _group(tensor_parallel)
-    packed = {}
+    packed, has_shared_denoiser = {}, False
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
@@ -89,17 +89,17 @@ def load_pipeline(
             WeightFiles(folder / name)  # damage shows here, with the file's name
             continue
         model_class = find_class(entry[0], entry[1], index_path)
-        packed[name] = _assemble(
-            folder / name,
-            model_class,
-            quantization,
-            target,
-            dtype,
-            compute=compute,
-            backend=backend,
-            group=group if shared else None,
+        load = partial(
+            _assemble, folder / name, model_class, quantization, target, dtype, compute=compute, backend=backend
         )
-    if group is not None and not any(group_of(model) for model in packed.values()):
+        try:
+            packed[name] = load(group=group if shared else None)
+        except ParallelError:
+            if entry[0] == "diffusers":
+                raise
+            packed[name] = load()  # a text encoder that cannot be divided by so many ranks stays whole
+        has_shared_denoiser |= shared and entry[0] == "diffusers"
+    if group is not None and not has_shared_denoiser:
         raise ParallelError(f"{folder}: no component has a tensor-parallel plan; run it on one rank")
     # Called on its base class, a pipeline loads its optional components (Wan's transformers) again and drops ours.
     pipeline_class = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
@@ -219,6 +219,8 @@ def _group(ranks: Any) -> Any:
 
 
 def _is_shared(entry: list[Any], path: Path) -> bool:
+    if entry[0] == "transformers":
+        return entry[1] in ENCODERS
     return entry[0] == "diffusers" and has_plan(find_class(entry[0], entry[1], path))
 
 

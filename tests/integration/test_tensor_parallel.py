@@ -127,8 +127,7 @@ def alone(folder_of):
             pipe = rank_jobs.prepared(job)
             with torch.no_grad():
                 output = pipe(**rank_jobs.arguments_of(job), output_type="latent")
-            held = sum(tensor.nbytes for tensor in pipe.transformer.state_dict().values())
-            known[key] = rank_jobs.result_of(output), held
+            known[key] = rank_jobs.result_of(output), rank_jobs.held_bytes(pipe)
         return known[key]
 
     return run
@@ -164,6 +163,25 @@ def test_every_rank_holds_its_part_of_the_weights(ranks, alone, job):
     _, whole = alone(job)
     for rank in ranks[job["name"]]:
         assert rank["held_bytes"] < whole * (0.95 if job["mesh"][1] == 2 else 0.85)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoders"),
+    [
+        ("demo w4", ["T5EncoderModel"]),
+        ("demo w4, both", ["T5EncoderModel"]),
+        ("wan w4", ["UMT5EncoderModel"]),
+        ("ovis w4", ["Qwen3Model"]),
+    ],
+)
+def test_text_encoders_are_shared_too(ranks, name, encoders):
+    assert all(set(encoders) <= set(rank["encoders"]) for rank in ranks[name])
+
+
+def test_a_text_encoder_that_cannot_be_divided_by_so_many_ranks_stays_whole(folder_of, fake_group):
+    pipe = load_pipeline(folder_of("demo w4"), tensor_parallel=fake_group(8))
+    assert rank_jobs.shared_encoders(pipe) == []
+    assert pipe.text_encoder_2.encoder.block[0].layer[0].SelfAttention.n_heads == 4
 
 
 @pytest.mark.parametrize("name", ["many", "many, both"])

@@ -35,9 +35,9 @@ def build_ovis_image(folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed:
                 hidden_size=64,
                 intermediate_size=64,
                 num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=32,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=16,
             )
         ),
         transformer=OvisImageTransformer2DModel(

@@ -70,6 +70,8 @@ def list_cuts(model: nn.Module, ranks: int, scheme_of: SchemeOf) -> list[Cut]:
     for name, (module, (style, proportions)) in _planned(model).items():
         if style == "norm":
             cuts.append(Cut(name, "features", style, (module.weight.shape[0],)))
+        elif style == "table":
+            cuts.append(Cut(name, "heads", style, (module.embedding_dim,)))
         elif style == "experts":
             cuts.append(_cut_experts(name, module, scheme_of))
         else:
@@ -139,10 +141,10 @@ def _unit(style: str, scheme: Scheme | None) -> tuple[int, str]:
 
 def _counts(model: nn.Module, columns: set[str]) -> list[Cut]:
     """Return the attributes that are divided by the ranks: the heads of attention, and those of `COUNTS`."""
-    patterns = {_expression(pattern): what for pattern, what in COUNTS.get(type(model).__name__, {}).items()}
+    patterns = {_expression(pattern): names for pattern, names in COUNTS.get(type(model).__name__, {}).items()}
     cuts = []
     for name, module in model.named_modules():
-        found = [what for expression, what in patterns.items() if expression.fullmatch(name)]
+        found = [what for expression, names in patterns.items() if expression.fullmatch(name) for what in names]
         found += ["heads"] if f"{name}.to_q" in columns else []
         cuts += [Cut(name, what, "count", (int(getattr(module, what)),)) for what in found]
     return cuts

@@ -76,16 +76,30 @@ _BAGEL = {
         ("mlp", ".down_proj", _ROW),
     )
 }
+_T5_ATTENTION = "encoder.block.*.layer.0.SelfAttention"
+_T5 = {
+    **_each(_T5_ATTENTION, "qkv", _COLUMN),
+    f"{_T5_ATTENTION}.o": _ROW,
+    f"{_T5_ATTENTION}.relative_attention_bias?": ("table", ()),
+    **_each("encoder.block.*.layer.1.DenseReluDense", ("wi?", "wi_0?", "wi_1?"), _COLUMN),
+    "encoder.block.*.layer.1.DenseReluDense.wo": _ROW,
+}
 _OWN: Mapping[str, Mapping[str, Entry]] = {
     "Bagel": _BAGEL,
     "GlmImageTransformer2DModel": _GLM_IMAGE,
     "OvisImageTransformer2DModel": _OVIS_IMAGE,
+    "T5EncoderModel": _T5,
+    "UMT5EncoderModel": _T5,
     "WanTransformer3DModel": _WAN,
 }
+ENCODERS = ("Qwen3Model", "T5EncoderModel", "UMT5EncoderModel")
+"""Text encoders of pipelines that are shared, too, where their sizes allow it."""
 _MORE: Mapping[str, Mapping[str, Entry]] = {"FluxTransformer2DModel": _FLUX_MODULATIONS}
 """What is cut beside the layers of diffusers' plan."""
-COUNTS: Mapping[str, Mapping[str, str]] = {
-    "OvisImageTransformer2DModel": {"single_transformer_blocks.*": "mlp_hidden_dim"},
+COUNTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "OvisImageTransformer2DModel": {"single_transformer_blocks.*": ("mlp_hidden_dim",)},
+    "T5EncoderModel": {_T5_ATTENTION: ("n_heads", "inner_dim")},
+    "UMT5EncoderModel": {_T5_ATTENTION: ("n_heads", "inner_dim")},
 }
 """Attributes that are divided by the ranks, beside the ``heads`` of attention: modules split outputs by them."""
 

@@ -22,7 +22,7 @@ class Share:
 
     Attributes:
         style: ``column``, ``gathered`` (a column layer of which every rank needs the whole output), ``row`` or
-            ``norm`` (over features that are cut).
+            ``norm`` (over features that are cut), or ``table`` (of an embedding whose columns are heads).
         spans: Start and stop of each piece along the axis that is cut, in features.
         features: Along that axis, of the whole layer.
         scheme: How a packed layer is stored; None of one in 16 bit.
@@ -78,7 +78,7 @@ class Share:
         """Return the axis that is cut, and the ratio of its entries to features."""
         column = self.style in BY_OUTPUT
         if self.scheme is None or suffix not in ("qweight", "qzeros", "scales"):
-            return (1 if self.style == "row" else 0), 1, 1
+            return (1 if self.style in ("row", "table") else 0), 1, 1
         words = (self.scheme.bits, WORD_BITS)
         if column:
             packed = suffix == "qzeros" or (suffix == "qweight" and self.scheme.packing_format == AWQ)

@@ -137,6 +137,8 @@ def _smaller(module: Any, share: Share, group: dist.ProcessGroup) -> nn.Module:
     with torch.device("meta"):
         if share.style == "norm":
             return ShardedRMSNorm(share.width, share.features, module.eps, group, dtype=dtype)
+        if share.style == "table":
+            return nn.Embedding(module.num_embeddings, share.width, dtype=dtype)
         column = share.style in BY_OUTPUT
         return nn.Linear(
             module.in_features if column else share.width,
