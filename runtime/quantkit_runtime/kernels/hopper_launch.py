@@ -49,8 +49,15 @@ def runs_on(device: torch.device) -> bool:
         and torch.version.cuda is not None
         and torch.cuda.is_available()
         and torch.cuda.get_device_capability(device) == CAPABILITY
-        and importlib.util.find_spec("triton.experimental.gluon") is not None
+        and _has_gluon()
     )
+
+
+def _has_gluon() -> bool:
+    try:
+        return importlib.util.find_spec("triton.experimental.gluon") is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
 
 
 def fits(in_features: int, out_features: int, group: int) -> bool:
