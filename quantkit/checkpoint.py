@@ -58,6 +58,18 @@ class Component:
         """How many numbers its tensors hold."""
         return sum(math.prod(info.shape) for info in self.tensors.values())
 
+    def check_described(self) -> None:
+        """Check that packed weights are said to be packed: nothing could read them otherwise.
+
+        Raises:
+            CheckpointError: If they are not, as when ``config.json`` was lost.
+        """
+        if self.quantization is None and any(name.endswith(".qweight") for name in self.tensors):
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: has no quantization_config, but the weights are packed; "
+                "copy the checkpoint again"
+            )
+
     @property
     def quantization(self) -> dict[str, Any] | None:
         """The component's ``quantization_config``, if it is quantized.
@@ -99,7 +111,7 @@ def open_model(folder: Path) -> ModelFolder:
 
     Raises:
         CheckpointError: If the folder is missing or no model, its ``model_index.json`` or ``config.json`` is
-            damaged, or a component's folder is missing.
+            damaged, or a component's folder is missing or empty.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
@@ -120,6 +132,8 @@ def open_model(folder: Path) -> ModelFolder:
             raise CheckpointError(f"{index_path}: {name}: is no folder name; download the model again")
         if not (folder / name).is_dir():
             raise CheckpointError(f"{index_path}: {name}: its folder is missing; download the model again")
+        if not any((folder / name).iterdir()):
+            raise CheckpointError(f"{index_path}: {name}: its folder is empty; download the model again")
         components[name] = Component(name, entry[0], entry[1], folder / name)
     config = {name: entry for name, entry in index.items() if not isinstance(entry, list)}
     return ModelFolder(folder, class_name, components, config)

@@ -35,6 +35,7 @@ def check_kernels(
 
     specs = set()
     for component in model.components.values():
+        component.check_described()
         if component.quantization is None:
             continue
         try:

@@ -65,11 +65,13 @@ def verify(
         on_progress: Told after each layer.
 
     Raises:
-        CheckpointError: If the folder cannot be read as a checkpoint at all, nothing in it is quantized, or the
-            source is.
+        CheckpointError: If the folder cannot be read as a checkpoint at all, nothing in it is quantized or said to
+            be, or the source is.
     """
     result = Verification()
     written = open_model(checkpoint)
+    for component in written.components.values():
+        component.check_described()
     family = detect(written)
     quantized = [part for part in written.components.values() if part.quantization is not None]
     if not quantized:

@@ -272,3 +272,21 @@ def test_a_source_that_is_quantized_itself_is_no_original(rtn_checkpoint, monkey
     assert caught.value.code == 2
     config = rtn_checkpoint / "transformer" / "config.json"
     assert capsys.readouterr().err == f"error: {config}: the source is quantized itself; give the 16-bit original\n"
+
+
+@pytest.mark.parametrize("verb", ["verify", "compare"])
+def test_packed_weights_whose_config_was_lost_are_found_before_anything_runs(
+    rtn_checkpoint, flux_model, tmp_path, monkeypatch, capsys, verb
+):
+    folder = shutil.copytree(rtn_checkpoint, tmp_path / "checkpoint")
+    config = folder / "transformer" / "config.json"
+    config.unlink()
+    monkeypatch.setattr("quantkit.compare.run.Sampler", None)
+    compare = ["--reference", flux_model, "--candidate", folder, "--output", tmp_path / "out", "--prompt", "x"]
+    arguments = [folder] if verb == "verify" else compare
+    monkeypatch.setattr(sys, "argv", ["quantkit", verb, *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    told = f"error: {config}: has no quantization_config, but the weights are packed; copy the checkpoint again\n"
+    assert capsys.readouterr().err == told

@@ -55,12 +55,17 @@ def test_a_pipeline_lists_components_and_the_files_beside_them(write, tmp_path):
         ({**INDEX, "unet": []}, r"model_index.json: unet: must be \[library, class\]"),
         ({**INDEX, "unet": ["a", 3]}, r"model_index.json: unet: must be \[library, class\]"),
         ({**INDEX, "unet": ["a", "b"]}, "model_index.json: unet: its folder is missing; download the model again"),
+        (
+            {**INDEX, "tokenizer": ["a", "b"]},
+            "model_index.json: tokenizer: its folder is empty; download the model",
+        ),
         ({**INDEX, "../vae": ["a", "b"]}, "model_index.json: ../vae: is no folder name"),
         ({**INDEX, "/etc": ["a", "b"]}, "model_index.json: /etc: is no folder name"),
     ],
 )
 def test_a_damaged_pipeline_is_refused_with_file_key_and_mend(write, tmp_path, index, reason):
-    (tmp_path / "vae").mkdir()
+    write(ONE, "vae/diffusion_pytorch_model.safetensors")
+    (tmp_path / "tokenizer").mkdir()
     write(index, "model_index.json")
     with pytest.raises(CheckpointError, match=reason):
         open_model(tmp_path)

@@ -50,6 +50,7 @@ def test_nested_keys_are_compared_one_by_one(pair):
 
 def test_a_component_that_one_side_lacks_is_named(pair):
     (pair[0] / "unet").mkdir()
+    (pair[0] / "unet" / "config.json").write_text("{}")
     edit(pair[0], "model_index.json", unet=["torch", "Unet"])
     with pytest.raises(UnsupportedModelError, match="unet Unet against missing"):
         check(pair)
@@ -65,5 +66,6 @@ def test_many_differences_are_counted_not_listed(pair):
 def test_a_tokenizer_class_may_be_renamed(pair):
     for folder, name in zip(pair, ("T5Tokenizer", "T5TokenizerFast"), strict=True):
         (folder / "tokenizer").mkdir()
+        (folder / "tokenizer" / "vocab.json").write_text("{}")
         edit(folder, "model_index.json", tokenizer=["transformers", name])
     check(pair)
