@@ -140,6 +140,7 @@ def command(
     """
     from quantkit.execution import check_backend, check_compute
     from quantkit_runtime.server.options import make_cluster, make_settings, parse_defaults, parse_limits
+    from quantkit_runtime.server.protocol import ModelSpec
     from quantkit_runtime.server.settings import read_api_keys
 
     folder = resolve_model(model)
@@ -186,9 +187,8 @@ def command(
     models = [(name, str(folder))]
     if reference is not None:
         models.append((reference, str(resolve_model(reference))))
-    settings = make_settings(
-        models,
-        reference=reference,
+    loading = ModelSpec(
+        str(folder),
         device=device,
         dtype=dtype,
         compute=compute,
@@ -199,6 +199,11 @@ def command(
         max_batch=max_batch,
         warm_up=warm_up,
         defaults=defaults,
+    )
+    settings = make_settings(
+        models,
+        loading,
+        reference=reference,
         limits=parse_limits(limit or []),
         host=host,
         port=port,

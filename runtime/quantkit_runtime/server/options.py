@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -57,11 +58,8 @@ def parse(arguments: list[str]) -> Settings:
     models = [(given.served_model_name or given.model, given.model)]
     if given.reference is not None:
         models.append((given.reference, given.reference))
-    return make_settings(
-        models,
-        reference=given.reference,
-        limits=parse_limits(given.limit),
-        defaults=parse_defaults(given.default),
+    loading = ModelSpec(
+        given.model,
         device=given.device,
         dtype=given.dtype,
         compute=given.compute,
@@ -71,6 +69,13 @@ def parse(arguments: list[str]) -> Settings:
         exact=given.exact,
         max_batch=given.max_batch,
         warm_up=not given.no_warm_up,
+        defaults=parse_defaults(given.default),
+    )
+    return make_settings(
+        models,
+        loading,
+        reference=given.reference,
+        limits=parse_limits(given.limit),
         host=given.host,
         port=given.port,
         api_keys=read_api_keys(given.api_key_file),
@@ -84,70 +89,32 @@ def parse(arguments: list[str]) -> Settings:
     )
 
 
-def make_settings(
-    models: list[tuple[str, str]],
-    *,
-    device: str,
-    dtype: str,
-    compute: str,
-    backend: str,
-    cfg_parallel: int,
-    tensor_parallel: int,
-    exact: bool,
-    max_batch: int | None,
-    warm_up: bool,
-    defaults: dict[str, Any],
-    log_format: str,
-    **server: Any,
-) -> Settings:
+def make_settings(models: list[tuple[str, str]], loading: ModelSpec, **server: Any) -> Settings:
     """Return settings of one or more models that are loaded alike.
 
     Args:
         models: Name and path of each.
-        device: As `ModelSpec` has it, or ``auto``.
-        dtype: As `ModelSpec` has it.
-        compute: As `ModelSpec` has it.
-        backend: As `ModelSpec` has it.
-        cfg_parallel: As `ModelSpec` has it.
-        tensor_parallel: As `ModelSpec` has it.
-        exact: As `ModelSpec` has it.
-        max_batch: As `ModelSpec` has it.
-        warm_up: As `ModelSpec` has it.
-        defaults: Of request fields.
-        log_format: As `Settings` has it.
+        loading: How they are loaded, whatever its path; the device may be ``auto``.
         server: The rest of `Settings`.
 
     Raises:
         SettingsError: An option cannot be used, or two models have one name.
     """
-    if dtype not in _DTYPES:
-        raise SettingsError(f"--dtype {dtype}: use {', '.join(_DTYPES)}")
-    for flag, value in (("--max-batch", max_batch), ("--tensor-parallel", tensor_parallel)):
+    if loading.dtype not in _DTYPES:
+        raise SettingsError(f"--dtype {loading.dtype}: use {', '.join(_DTYPES)}")
+    for flag, value in (("--max-batch", loading.max_batch), ("--tensor-parallel", loading.tensor_parallel)):
         if value is not None and value < 1:
             raise SettingsError(f"{flag} {value}: must be at least 1")
-    if log_format not in ("json", "text"):
-        raise SettingsError(f"--log-format {log_format}: use json or text")
+    if server["log_format"] not in ("json", "text"):
+        raise SettingsError(f"--log-format {server['log_format']}: use json or text")
     if len({name for name, _ in models}) < len(models):
         raise SettingsError(
             f"--reference {models[-1][0]}: is served already; rename the first by --served-model-name"
         )
-    specs = {
-        name: ModelSpec(
-            path=path,
-            device=_device() if device == "auto" else device,
-            dtype=dtype,
-            compute=compute,
-            backend=backend,
-            cfg_parallel=cfg_parallel,
-            tensor_parallel=tensor_parallel,
-            exact=exact,
-            max_batch=max_batch,
-            warm_up=warm_up,
-            defaults=defaults,
-        )
-        for name, path in models
-    }
-    return Settings(models=specs, log_format=log_format, **server)
+    device = _device() if loading.device == "auto" else loading.device
+    return Settings(
+        models={name: dataclasses.replace(loading, path=path, device=device) for name, path in models}, **server
+    )
 
 
 def make_cluster(

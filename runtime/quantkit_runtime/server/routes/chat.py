@@ -30,7 +30,7 @@ from quantkit_runtime.server.protocol import Answer, Delta, Finished, Usage
 from quantkit_runtime.server.routes.common import (
     ERRORS,
     Events,
-    client_of,
+    ask,
     context_of,
     first_of,
     new_id,
@@ -52,13 +52,9 @@ router = APIRouter(prefix="/v1/chat", tags=["chat"], responses=ERRORS)
 async def complete(body: ChatBody, request: Request) -> Any:
     """Answer a conversation with text, sound or both."""
     context = context_of(request)
-    settings = context.settings
     deployment = context.deployments.find(body.model, "chat", "chat")
-    asked = await asyncio.to_thread(chat_request, body, deployment, settings, new_id(request))
-    ticket = deployment.scheduler.submit(
-        asked, client_of(request, body.user), timeout_s=settings.limits.request_timeout_s
-    )
-    events = deployment.scheduler.follow(ticket)
+    asked = await asyncio.to_thread(chat_request, body, deployment, context.settings, new_id(request))
+    events = ask(request, deployment, asked, body.user)
     if not body.stream:
         return await unless_gone(request, _whole(events, body, deployment))
     started = await unless_gone(request, first_of(events))  # what is refused still gets its own status

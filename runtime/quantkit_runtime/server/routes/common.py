@@ -15,10 +15,11 @@ from fastapi import Request
 
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.protocol import Delta, Finished, Progress
+from quantkit_runtime.server.protocol import Request as Asked
 from quantkit_runtime.server.schemas import ErrorBody
 
 if TYPE_CHECKING:
-    from quantkit_runtime.server.deployment import Deployments
+    from quantkit_runtime.server.deployment import Deployment, Deployments
     from quantkit_runtime.server.jobs import Jobs
     from quantkit_runtime.server.metrics import Metrics
     from quantkit_runtime.server.settings import Settings
@@ -95,6 +96,17 @@ def owner_of(request: Request) -> str:
 def new_id(request: Request) -> str:
     """Return an id for the engine: unique, whatever the client sent, and found in the log by the request's own."""
     return f"{request.state.request_id}.{uuid.uuid4().hex[:8]}"
+
+
+def ask(request: Request, deployment: Deployment, asked: Asked, user: str | None) -> Events:
+    """Put a request into the queue of its model; closing its events cancels it.
+
+    Raises:
+        ApiError: The queue does not take it.
+    """
+    timeout_s = context_of(request).settings.limits.request_timeout_s
+    scheduler = deployment.scheduler
+    return scheduler.follow(scheduler.submit(asked, client_of(request, user), timeout_s=timeout_s))
 
 
 async def first_of(events: Events) -> Events:

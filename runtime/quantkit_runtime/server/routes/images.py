@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Form, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import APIRouter, Form, Request, Response
+from fastapi.responses import StreamingResponse
 
 from quantkit_runtime.server.checks import image_request
 from quantkit_runtime.server.errors import ApiError, bad_request
@@ -19,6 +20,7 @@ from quantkit_runtime.server.protocol import Finished, Frames, ImageRequest, Pro
 from quantkit_runtime.server.routes.common import (
     ERRORS,
     Events,
+    ask,
     client_of,
     context_of,
     first_of,
@@ -29,6 +31,8 @@ from quantkit_runtime.server.routes.common import (
 from quantkit_runtime.server.schemas import ImageEditForm, ImageOptions, ImageRequestBody, ImagesResponse
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from quantkit_runtime.server.deployment import Deployment
 
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERRORS)
@@ -45,9 +49,7 @@ async def generate(body: ImageRequestBody, request: Request) -> Any:
         )
     asked = image_request(body, deployment, context.settings.limits, new_id(request))
     if body.stream:
-        timeout_s = context.settings.limits.request_timeout_s
-        ticket = deployment.scheduler.submit(asked, client_of(request, body.user), timeout_s=timeout_s)
-        events = await unless_gone(request, first_of(deployment.scheduler.follow(ticket)))
+        events = await unless_gone(request, first_of(ask(request, deployment, asked, body.user)))
         return StreamingResponse(_pieces(events, body, asked), media_type="text/event-stream")
     return await unless_gone(request, _draw(request, body, asked, deployment))
 
@@ -69,7 +71,7 @@ async def edit(body: Annotated[ImageEditForm, Form(media_type="multipart/form-da
     return await unless_gone(request, _draw(request, body, asked, deployment))
 
 
-async def _draw(request: Request, body: ImageOptions, asked: ImageRequest, deployment: Deployment) -> JSONResponse:
+async def _draw(request: Request, body: ImageOptions, asked: ImageRequest, deployment: Deployment) -> Response:
     timeout_s = context_of(request).settings.limits.request_timeout_s
     client = client_of(request, body.user)
     finished, ticket = await deployment.scheduler.run(asked, client, timeout_s=timeout_s)
@@ -79,7 +81,7 @@ async def _draw(request: Request, body: ImageOptions, asked: ImageRequest, deplo
         "X-Queue-Time-S": f"{ticket.wait_s or 0:.3f}",
         "X-Peak-Memory-MB": f"{finished.peak_memory_bytes / 2**20:.0f}",
     }
-    return JSONResponse(await _answer(body, asked, finished), headers=headers)
+    return Response(await _answer(body, asked, finished), headers=headers, media_type="application/json")
 
 
 async def _pieces(events: Events, body: ImageOptions, asked: ImageRequest) -> AsyncIterator[str]:
@@ -92,25 +94,24 @@ async def _pieces(events: Events, body: ImageOptions, asked: ImageRequest) -> As
                     yield sse(kind, {"type": kind, "step": event.step, "steps": event.steps})
                 elif isinstance(event, Finished):
                     kind = "image_generation.completed"
-                    yield sse(kind, {"type": kind, **await _answer(body, asked, event)})
+                    yield sse(kind, f'{{"type":"{kind}",{(await _answer(body, asked, event)).decode()[1:]}')
     except ApiError as error:
         yield sse("error", error.body())
 
 
-async def _answer(body: ImageOptions, asked: ImageRequest, finished: Finished) -> dict[str, Any]:
+async def _answer(body: ImageOptions, asked: ImageRequest, finished: Finished) -> bytes:
+    """Return the JSON of the pictures; put together here, because json would look through megabytes for escapes."""
     assert isinstance(finished.result, Frames)
     quality = 90 if body.output_compression is None else body.output_compression
-    encoded = await asyncio.gather(
-        *(asyncio.to_thread(encode_image, pixels, body.output_format, quality) for pixels in finished.result.pixels)
+
+    def item(pixels: np.ndarray, seed: int) -> bytes:
+        picture = base64.b64encode(encode_image(pixels, body.output_format, quality))
+        return b'{"b64_json":"%b","seed":%d}' % (picture, seed)
+
+    pixels = finished.result.pixels
+    items = await asyncio.gather(
+        *(asyncio.to_thread(item, *pair) for pair in zip(pixels, asked.seeds, strict=True))
     )
-    _, height, width, _ = finished.result.pixels.shape
-    data = [
-        {"b64_json": base64.b64encode(picture).decode(), "seed": seed}
-        for picture, seed in zip(encoded, asked.seeds, strict=True)
-    ]
-    return {
-        "created": int(time.time()),
-        "data": data,
-        "output_format": body.output_format,
-        "size": f"{width}x{height}",
-    }
+    _, height, width, _ = pixels.shape
+    rest = {"created": int(time.time()), "output_format": body.output_format, "size": f"{width}x{height}"}
+    return b'{"data":[%b],%b' % (b",".join(items), json.dumps(rest).encode()[1:])

@@ -14,7 +14,7 @@ from quantkit_runtime.server.conversation import speech_request
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.media import SOUND_TYPES, encode_sound
 from quantkit_runtime.server.protocol import Delta, Finished
-from quantkit_runtime.server.routes.common import ERRORS, Events, client_of, context_of, new_id, unless_gone
+from quantkit_runtime.server.routes.common import ERRORS, Events, ask, context_of, new_id, unless_gone
 
 if TYPE_CHECKING:
     from quantkit_runtime.server.deployment import Deployment
@@ -30,13 +30,9 @@ router = APIRouter(prefix="/v1/audio", tags=["speech"], responses=ERRORS)
 async def speak(body: SpeechBody, request: Request) -> Response:
     """Read a text aloud."""
     context = context_of(request)
-    settings = context.settings
     deployment = context.deployments.find(body.model, "speech", "speak")
-    asked = speech_request(body, deployment, settings, new_id(request))
-    ticket = deployment.scheduler.submit(
-        asked, client_of(request, body.user), timeout_s=settings.limits.request_timeout_s
-    )
-    return await unless_gone(request, _sound(deployment.scheduler.follow(ticket), body, deployment))
+    asked = speech_request(body, deployment, context.settings, new_id(request))
+    return await unless_gone(request, _sound(ask(request, deployment, asked, body.user), body, deployment))
 
 
 async def _sound(events: Events, body: SpeechBody, deployment: Deployment) -> Response:
