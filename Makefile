@@ -7,7 +7,7 @@ OUT ?= out
 # Installed once, and again when what is declared changes.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv demo test support test-huge test-huge test-gpu lint golden build docs clean
+.PHONY: help venv demo test support test-huge test-soak test-gpu lint golden build docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list.
@@ -38,6 +38,12 @@ support: $(INSTALLED)  ## Run all tests and write docs/support.md from those tha
 
 test-huge: $(INSTALLED)  ## Round a model of 12 GB: 35 GB of disk, some minutes.
 	$(BIN)/python -m pytest -m huge $(PYTEST_ARGS)
+
+test-soak: $(INSTALLED)  ## Serve a thousand mixed requests while engines are killed: some fifteen minutes.
+	@mkdir -p $(OUT)
+	QUANTKIT_SOAK_REQUESTS=1000 QUANTKIT_SOAK_REPORT=$(OUT)/soak.txt OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest tests/integration/test_soak.py $(PYTEST_ARGS)
+	@cat $(OUT)/soak.txt
 
 test-gpu: $(INSTALLED)  ## Run the tests that need an accelerator.
 	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)

@@ -226,7 +226,7 @@ def running(settings, *, wait=True):
         try:
             until(lambda: server.started)
             if wait:
-                until(lambda: context.started is not None and context.started.done())
+                until(lambda: context.started is not None and context.started.done(), 120)
                 context.started.result()
             yield Running(f"http://127.0.0.1:{bound.getsockname()[1]}", context, loop)
         finally:

@@ -11,7 +11,7 @@ from tiny_bagel import build_bagel
 from tiny_omni import build_qwen2_5_omni, build_qwen3_omni
 
 import quantkit.demo
-from quantkit.checkpoint import open_pipeline
+from quantkit.checkpoint import open_model
 from quantkit.families.registry import detect, family_names
 from quantkit.quantize.run import prepare, quantize
 from quantkit.recipe import load_recipe
@@ -89,7 +89,7 @@ def folder_of(tiny_model, tmp_path_factory):
             recipe = home / f"{source}.yaml"
             if source == "llama":
                 return made.setdefault(name, round_chat(folder, home / name))
-            task = detect(open_pipeline(folder)).task
+            task = detect(open_model(folder)).task
             scheme = {"group_size": 32, "iters": 0, "nsamples": 2, "batch_size": 1}
             recipe.write_text(
                 json.dumps({"version": 1, "model": {"id": source, "task": task}, "scheme": scheme}),
@@ -154,7 +154,7 @@ def test_shared_weights_give_what_one_rank_gives_within_rounding(ranks, alone, j
 
 def test_each_familys_packed_model_is_compared_in_float32(folder_of):
     packed = {job["model"] for job in TWO if job.get("dtype") == "float32" and job["model"].endswith(" w4")}
-    compared = {detect(open_pipeline(folder_of(name))).name for name in packed - {"llama w4"}}
+    compared = {detect(open_model(folder_of(name))).name for name in packed - {"llama w4"}}
     assert compared == set(family_names())
 
 
