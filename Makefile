@@ -7,7 +7,7 @@ OUT ?= out
 # Installed once, and again when what is declared changes.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv demo test support test-huge test-soak test-gpu lint golden build docs clean
+.PHONY: help venv demo test support test-huge test-soak test-gpu sanitize lint golden build docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list.
@@ -47,6 +47,12 @@ test-soak: $(INSTALLED)  ## Serve a thousand mixed requests while engines are ki
 
 test-gpu: $(INSTALLED)  ## Run the tests that need an accelerator.
 	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
+
+sanitize: $(INSTALLED)  ## Look for accesses out of bounds in the kernels, with NVIDIA's compute-sanitizer: slow.
+	# Without torch's cache every tensor is an allocation of its own, so that none hides what misses its neighbour.
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+	  $(BIN)/python -m pytest -m gpu tests/gpu/test_triton_gpu.py -k 'number_of_rows or experts_give or fp8_compute' \
+	  $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## ruff, mypy --strict, import-linter.
 	$(BIN)/ruff check .
