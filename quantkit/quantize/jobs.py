@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quantkit.checkpoint import ModelFolder, walk_files
 from quantkit.families.base import Family
-from quantkit.quantize.manifest import hash_file
+from quantkit.quantize.hashes import hash_file
 from quantkit.quantize.memory import keys_to_lower
 from quantkit.quantize.plan import Plan
 from quantkit.quantize.progress import OnProgress, Progress

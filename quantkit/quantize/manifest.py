@@ -1,20 +1,15 @@
-"""The manifest ``quantkit.json``: where a checkpoint comes from, what was done, and the hash of every file."""
+"""The manifest ``quantkit.json``: where a checkpoint comes from and what was done."""
 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import read_json, walk_files
-from quantkit.errors import CheckpointError
-from quantkit.quantize.progress import OnProgress, Progress
-from quantkit.recipe.load import MANIFEST, LoadedRecipe
+from quantkit.recipe.load import LoadedRecipe
 
 if TYPE_CHECKING:
     from quantkit.quantize.plan import Plan
@@ -42,43 +37,6 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # rounding does without auto-round
             continue
     return versions
-
-
-def hash_files(folder: Path, on_progress: OnProgress) -> dict[str, dict[str, Any]]:
-    """Return bytes and sha256 of every file below a folder but the manifest, by relative path."""
-    paths = [path for path in walk_files(folder) if path != folder / MANIFEST]
-    hashes = {}
-    with ThreadPoolExecutor() as threads:
-        for number, (path, sha256) in enumerate(zip(paths, threads.map(hash_file, paths), strict=True), start=1):
-            relative = path.relative_to(folder).as_posix()
-            hashes[relative] = {"bytes": path.stat().st_size, "sha256": sha256}
-            on_progress(Progress("hash", number, len(paths), relative))
-    return hashes
-
-
-def hash_file(path: Path) -> str:
-    """Return a file's sha256 as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_hashes(folder: Path, on_progress: OnProgress) -> Iterable[str]:
-    """Compare a checkpoint's files with its manifest; return one line for each difference.
-
-    Raises:
-        CheckpointError: If the manifest lists no files.
-    """
-    recorded = read_json(folder / MANIFEST).get("files")
-    if not isinstance(recorded, dict) or not all(isinstance(entry, dict) for entry in recorded.values()):
-        raise CheckpointError(f"{folder / MANIFEST}: files: is missing or damaged; copy the checkpoint again")
-    found = hash_files(folder, on_progress)
-    for name in sorted(recorded.keys() | found.keys()):
-        if name not in found:
-            yield f"{folder / name}: is missing, the manifest lists it"
-        elif name not in recorded:
-            yield f"{folder / name}: is not in the manifest"
-        elif found[name]["sha256"] != recorded[name].get("sha256"):
-            yield f"{folder / name}: has changed since it was written (sha256 differs from the manifest)"
 
 
 def describe_run(

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import read_header
-from quantkit.quantize.manifest import hash_file
+from quantkit.quantize.hashes import hash_file
 from quantkit.quantize.progress import OnNotice
 from quantkit_runtime.checkpoint import TensorInfo
 

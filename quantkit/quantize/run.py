@@ -17,8 +17,9 @@ from quantkit.inspect.servability import Finding, check_natural_targets
 from quantkit.quantize.card import render_card
 from quantkit.quantize.devices import resolve_devices
 from quantkit.quantize.export import place_untouched, write_component, write_json
+from quantkit.quantize.hashes import hash_files
 from quantkit.quantize.jobs import fingerprint, identify, make_job
-from quantkit.quantize.manifest import describe_run, hash_files, library_versions
+from quantkit.quantize.manifest import describe_run, library_versions
 from quantkit.quantize.memory import CalibrationMemory, cache_fits, check_memory, estimate_memory, keys_to_lower
 from quantkit.quantize.metadata import quantization_config
 from quantkit.quantize.plan import ComponentPlan, Plan, PlannedLayer, make_plan

@@ -23,7 +23,7 @@ from quantkit.errors import CheckpointError
 from quantkit.families.base import Family
 from quantkit.families.registry import detect
 from quantkit.quantize.export import is_replaced, is_weight_file
-from quantkit.quantize.manifest import check_hashes
+from quantkit.quantize.hashes import check_hashes
 from quantkit.quantize.plan import PlannedLayer
 from quantkit.quantize.progress import OnProgress, Progress, ignore
 from quantkit.quantize.tensors import are_equal, open_threads, torch_dtype

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.quantize.manifest import hash_file
+from quantkit.quantize.hashes import hash_file
 from quantkit.quantize.verify import verify
 
 # Imports once, then forks for each command line it reads: the child runs the real command line from its start.

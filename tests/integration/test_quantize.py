@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantkit.checkpoint import open_model
-from quantkit.quantize.manifest import hash_file
+from quantkit.quantize.hashes import hash_file
 from quantkit.quantize.verify import verify
 
 TUNED = ("scheme.iters=6", "scheme.lr=0.1")  # with fewer steps rounding to nearest may stay the best

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.errors import QuantizationError
-from quantkit.quantize.manifest import hash_file
+from quantkit.quantize.hashes import hash_file
 
 TUNED = (
     "scheme.iters=6",
