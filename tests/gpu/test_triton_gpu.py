@@ -89,6 +89,13 @@ def test_a_hundred_thousand_rows_and_none_are_served(device):
     assert layer(x[:0]).shape == (0, 512)
 
 
+def test_rows_may_begin_at_any_address(device):
+    layer, state = make_layer(device, 256, 512)
+    layer.prepare(torch.bfloat16)
+    x = torch.randn(70 * 256 + 1, device=device).to(torch.bfloat16)[1:].view(70, 256)
+    assert relative_error(layer(x), exact_product(state, layer, x)) < 4e-3
+
+
 @pytest.mark.parametrize("scheme", [{}, {"sym": False}, {"group_size": -1}], ids=str)
 @pytest.mark.parametrize("rows", [3, 300, 4608])
 def test_fp8_compute_adds_little_to_the_error_of_four_bits(device, scheme, rows):

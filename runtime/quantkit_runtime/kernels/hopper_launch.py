@@ -17,6 +17,8 @@ from quantkit_runtime.kernels.tiles import PART, TILE
 
 CAPABILITY = (9, 0)
 """Of Hopper; other generations have other instructions in place of wgmma."""
+ALIGNMENT = 16
+"""Bytes that the address of what TMA copies is a multiple of; views of larger tensors may begin elsewhere."""
 _WARPS_OF_A_GROUP = 4
 _GROUPS = 2
 _MOST_SHARES = 4

@@ -78,6 +78,7 @@ def multiply(
     (rows, in_features), out_features = x.shape, tiles.shape[1]
     if (
         rows >= hopper_launch.MIN_ROWS
+        and x.data_ptr() % hopper_launch.ALIGNMENT == 0
         and hopper_launch.runs_on(x.device)
         and hopper_launch.fits(in_features, out_features, group)
     ):
