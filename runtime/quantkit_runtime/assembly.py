@@ -246,6 +246,10 @@ def _side_by_side(prepare: Callable[[PackedLayer], None], layers: list[PackedLay
     """
     threads = torch.get_num_threads()
     workers = min(threads, _WORKERS) if device.type == "cpu" else 1
+    if workers == 1:
+        for layer in layers:
+            prepare(layer)
+        return
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
             for _ in pool.map(prepare, layers):

@@ -23,6 +23,7 @@ from quantkit_runtime.checkpoint import WeightFiles, read_json
 from quantkit_runtime.compilation import compile_model, compile_pipeline
 from quantkit_runtime.config import QuantizationConfig, quantization_of
 from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, ParallelError
+from quantkit_runtime.models.glm_image import split_pictures
 from quantkit_runtime.optional import import_optional
 from quantkit_runtime.parallel.plans import ENCODERS, has_plan
 
@@ -110,7 +111,7 @@ def load_pipeline(
     assert all(getattr(pipeline, name) is model for name, model in packed.items())
     pipeline.to(target)
     if type(pipeline).__name__ == "GlmImagePipeline":
-        _split_pictures(pipeline.vision_language_encoder)
+        split_pictures(pipeline.vision_language_encoder)
     if compile:
         compile_pipeline(pipeline)
     return pipeline
@@ -198,18 +199,6 @@ def _assemble(
         with library_errors(folder):
             load_speakers(folder / _SPEAKERS)  # transformers admits nothing but tensors in it
     return model
-
-
-def _split_pictures(encoder: Any) -> None:
-    """Let GLM-Image edit: diffusers 0.42 joins the features of the pictures, transformers 5.23 wants them apart."""
-    tokens_of = encoder.get_image_tokens
-
-    def get_image_tokens(features: Any, grids: Any = None) -> Any:
-        if isinstance(features, torch.Tensor) and features.ndim == 3:  # (pictures x channels, height, width)
-            features = features.chunk(len(grids))
-        return tokens_of(features, grids)
-
-    encoder.get_image_tokens = get_image_tokens
 
 
 def _group(ranks: Any) -> Any:

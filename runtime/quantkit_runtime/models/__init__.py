@@ -1,1 +1,1 @@
-"""Architectures that neither diffusers nor transformers has, one file each."""
+"""What single models need: architectures that neither diffusers nor transformers has, and mends of theirs."""
