@@ -11,6 +11,7 @@ from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatErr
 from quantkit_runtime.format import Scheme, dequantize, pack, unpack
 from quantkit_runtime.kernels import LinearSpec, backends, register, resolve, why_not
 from quantkit_runtime.kernels.cpu import MAX_INT4_ROWS
+from quantkit_runtime.kernels.cpu_int4 import Int4Weight
 from quantkit_runtime.rounding import quantize_rtn
 
 K, N = 256, 96
@@ -237,3 +238,12 @@ def test_impossible_requests_are_refused_by_name(request_, message):
 def test_a_backend_name_cannot_be_taken_twice():
     with pytest.raises(ValueError, match="already registered"):
         register("linear", "cpu", priority=99, requirement=lambda _: None)(lambda *_: None)
+
+
+@pytest.mark.parametrize("out_features", [16, 48, 256, 272, 1040])
+def test_codes_are_packed_in_parts_as_the_operator_packs_them_whole(out_features):
+    scheme = Scheme()
+    codes = torch.randint(0, 16, (out_features, 128), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    tensors = pack(codes, torch.ones(1, out_features, dtype=torch.float16), None, scheme)
+    whole = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    assert torch.equal(Int4Weight.from_packed(tensors, scheme).codes, whole)

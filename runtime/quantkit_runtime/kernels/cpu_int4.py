@@ -24,6 +24,7 @@ from quantkit_runtime.format import unpack
 
 _GROUP_LENGTHS = (256, 128, 64, 32)
 _OUT_STEP = 16
+_ROWS_AT_ONCE = 256  # a multiple of every processor's block; as int32 about what a cache holds
 _INNER_TILES = 1  # ignored by the CPU's packing, whose signature is shared with the CUDA one
 
 
@@ -64,7 +65,10 @@ class Int4Weight:
         scale = scales.to(torch.bfloat16)
         offset = (scale.float() * (scheme.midpoint - zeros)).to(torch.bfloat16)
         both = torch.stack([scale, offset], dim=-1).repeat_interleave(length // group_length, dim=0)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), _INNER_TILES)
+        packed = torch.empty(codes.shape[0], codes.shape[1] // 2, dtype=torch.uint8)
+        for start in range(0, len(codes), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            packed[rows] = _pack(codes[rows])
         return cls(packed, both.contiguous(), group_length)
 
     @classmethod
@@ -82,6 +86,11 @@ class Int4Weight:
     def product(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T`` in bf16, of x (M, K) bf16, M > 0."""
         return int4_product(x, self.codes, self.scales, self.group_length)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), _INNER_TILES)
+    return packed
 
 
 def int4_product(x: Tensor, codes: Tensor, scales: Tensor, group_length: int) -> Tensor:
