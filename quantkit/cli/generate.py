@@ -52,6 +52,7 @@ def command(
     height: options.Height = None,
     width: options.Width = None,
     num_frames: options.NumFrames = None,
+    any_size: options.AnySize = False,
     num_inference_steps: options.NumInferenceSteps = None,
     guidance_scale: options.GuidanceScale = None,
     guidance_scale_2: options.GuidanceScale2 = None,
@@ -131,6 +132,7 @@ def command(
             tensor_parallel=tensor_parallel,
             replicas=replicas,
             overwrite=overwrite,
+            any_size=any_size,
         )
     )
     if job.ranks == 1:

@@ -15,6 +15,7 @@ from quantkit.errors import MissingExtraError, RecipeError, UnsupportedModelErro
 
 if TYPE_CHECKING:
     from quantkit.recipe import LoadedRecipe
+    from quantkit.recipe.schema import Sampling
 
 _SERVER = "Server"
 _LIMITS = "Limits"
@@ -145,10 +146,8 @@ def command(
 
     folder = resolve_model(model)
     name = served_model_name or model
-    defaults = _sampling(folder, recipe_for(model, folder, recipe))
     given = parse_defaults(default or [])
-    _check_defaults(given)
-    defaults |= given
+    defaults = _sampling(folder, recipe_for(model, folder, recipe), _check_defaults(given)) | given
     check_backend(backend)
     check_compute(compute)
     if engine != "ray":
@@ -221,11 +220,12 @@ def command(
     serve(settings)
 
 
-def _check_defaults(given: Mapping[str, Any]) -> None:
+def _check_defaults(given: Mapping[str, Any]) -> Sampling:
     """Refuse a default that no request could give either, before a model is loaded for it."""
     from quantkit.recipe.schema import Sampling
 
-    sampling_of("--default ", **{name: value for name, value in given.items() if name in Sampling.model_fields})
+    fields = {name: value for name, value in given.items() if name in Sampling.model_fields}
+    return sampling_of("--default ", **fields)
 
 
 def _refuse_ray_options(
@@ -241,15 +241,25 @@ def _refuse_ray_options(
         raise RecipeError(f"{', '.join(names)}: only --engine ray grows; add it, or leave them out")
 
 
-def _sampling(folder: Path, loaded: LoadedRecipe | None) -> dict[str, Any]:
-    """Return the sampling of a recipe, or else of the model's family; nothing of an unknown family."""
+def _sampling(folder: Path, loaded: LoadedRecipe | None, given: Sampling) -> dict[str, Any]:
+    """Return the sampling of a recipe, or else of the model's family; nothing of an unknown family.
+
+    Raises:
+        RecipeError: If the model cannot draw the size that results with the given defaults.
+    """
     from quantkit.checkpoint import open_model
     from quantkit.families.registry import detect
 
+    opened = open_model(folder)
     try:
-        family = detect(open_model(folder))
+        family = detect(opened)
     except UnsupportedModelError:  # the server runs any pipeline that diffusers knows
         return {}
     sampling = family.sampling_for(*([loaded.recipe.sampling, loaded.recipe.serve] if loaded is not None else []))
+    family.check_sizes(
+        opened,
+        given.over(sampling),
+        lambda key: f"--default {key}" if getattr(given, key) is not None else f"the recipe's {key}",
+    )
     # Requests call the length of an answer max_tokens, and it has a limit of its own.
     return {name: value for name, value in sampling.given().items() if name != "max_new_tokens"}

@@ -63,6 +63,7 @@ def test_a_default_on_the_command_line_is_stronger_than_the_recipes(run):
         (["demo", "--cfg-parallel", "3"], "--cfg-parallel"),
         (["demo", "--default", "height=tall"], "--default height: input should be a valid integer"),
         (["demo", "--default", "num_inference_steps=0"], "--default num_inference_steps: input should be greater"),
+        (["demo", "--default", "height=63"], "--default height: is 63, but this flux model draws multiples of 8;"),
         (["demo", "--port", "70000"], "less than or equal to 65535"),
         (["demo", "--backend", "cublas"], "backend: 'cublas' is unknown; use one of auto"),
         (["demo", "--compute", "int8"], "compute: 'int8' is unknown; use one of auto, 16bit, fp8"),
