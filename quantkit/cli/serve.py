@@ -14,6 +14,7 @@ from quantkit.cli.sampling import sampling_of
 from quantkit.errors import MissingExtraError, RecipeError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from quantkit.checkpoint import ModelFolder
     from quantkit.recipe import LoadedRecipe
     from quantkit.recipe.schema import Sampling
 
@@ -139,6 +140,7 @@ def command(
     Whether it is quantized is read from the model itself. The same server comes with the runtime alone, as
     python -m quantkit_runtime.server.
     """
+    from quantkit.checkpoint import open_model
     from quantkit.execution import check_backend, check_compute
     from quantkit_runtime.server.options import make_cluster, make_settings, parse_defaults, parse_limits
     from quantkit_runtime.server.protocol import ModelSpec
@@ -146,10 +148,10 @@ def command(
 
     folder = resolve_model(model)
     name = served_model_name or model
+    opened = open_model(folder)
     given = parse_defaults(default or [])
-    defaults = _sampling(folder, recipe_for(model, folder, recipe), _check_defaults(given)) | given
+    defaults = _sampling(opened, recipe_for(model, folder, recipe), _check_defaults(given)) | given
     check_backend(backend)
-    check_compute(compute)
     if engine != "ray":
         _refuse_ray_options(ray_address, min_replicas, max_replicas, target_requests)
     api_keys = read_api_keys(api_key_file)
@@ -186,6 +188,7 @@ def command(
     models = [(name, str(folder))]
     if reference is not None:
         models.append((reference, str(resolve_model(reference))))
+    check_compute(compute, folder, packed=any(open_model(Path(path)).is_packed for _, path in models))
     loading = ModelSpec(
         str(folder),
         device=device,
@@ -241,16 +244,14 @@ def _refuse_ray_options(
         raise RecipeError(f"{', '.join(names)}: only --engine ray grows; add it, or leave them out")
 
 
-def _sampling(folder: Path, loaded: LoadedRecipe | None, given: Sampling) -> dict[str, Any]:
+def _sampling(opened: ModelFolder, loaded: LoadedRecipe | None, given: Sampling) -> dict[str, Any]:
     """Return the sampling of a recipe, or else of the model's family; nothing of an unknown family.
 
     Raises:
         RecipeError: If the model cannot draw the size that results with the given defaults.
     """
-    from quantkit.checkpoint import open_model
     from quantkit.families.registry import detect
 
-    opened = open_model(folder)
     try:
         family = detect(opened)
     except UnsupportedModelError:  # the server runs any pipeline that diffusers knows

@@ -69,7 +69,7 @@ def compare(
         check_extent(sampling, given_in(request.sampling))
     device, dtype = resolve_device(request.device), resolve_dtype(request.dtype)
     check_backend(request.backend)
-    check_compute(request.compute)
+    check_compute(request.compute, request.candidate, packed=candidate.is_packed)
     for model in (reference, candidate):
         check_kernels(model, device, dtype, compute=request.compute, backend=request.backend)
 

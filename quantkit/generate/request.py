@@ -117,7 +117,7 @@ def prepare(request: Request) -> Job:
     resolve_device(request.device)
     resolve_dtype(request.dtype)
     check_backend(request.backend)
-    check_compute(request.compute)
+    check_compute(request.compute, request.model, packed=model.is_packed)
     ranks = _count_ranks(request)
     if request.cfg_parallel > 1 and not family.is_guided(sampling):
         raise UnsupportedModelError(

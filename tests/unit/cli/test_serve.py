@@ -67,6 +67,7 @@ def test_a_default_on_the_command_line_is_stronger_than_the_recipes(run):
         (["demo", "--port", "70000"], "less than or equal to 65535"),
         (["demo", "--backend", "cublas"], "backend: 'cublas' is unknown; use one of auto"),
         (["demo", "--compute", "int8"], "compute: 'int8' is unknown; use one of auto, 16bit, fp8"),
+        (["demo", "--compute", "fp8"], "compute: 'fp8' is for packed layers, of which"),
         (["demo", "--max-replicas", "3"], "--max-replicas: only --engine ray grows"),
         (["demo", "--ray-address", "auto"], "--ray-address: only --engine ray grows"),
     ],

@@ -46,6 +46,11 @@ REFUSED = {
     "device": ({"device": "cuda:9"}, RecipeError, "device: 'cuda:9' is not available here"),
     "dtype": ({"dtype": "int8"}, RecipeError, "dtype: 'int8' is unknown"),
     "compute": ({"compute": "fp4"}, RecipeError, "compute: 'fp4' is unknown; use one of auto, 16bit, fp8"),
+    "compute of packed layers alone": (
+        {"compute": "fp8"},
+        RecipeError,
+        "compute: 'fp8' is for packed layers, of which .*/pipeline has none; leave it out",
+    ),
     "backend": ({"backend": "marlin"}, RecipeError, "backend: 'marlin' is unknown"),
     "three branches": ({"cfg_parallel": 3}, RecipeError, "--cfg-parallel: must be 1 or 2"),
     "no rank": ({"tensor_parallel": 0}, RecipeError, "--tensor-parallel: must be at least 1"),
