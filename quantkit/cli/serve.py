@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from quantkit.cli import options
-from quantkit.cli.models import recipe_for, resolve_model
+from quantkit.cli.models import resolve_model, sampling_recipe
 from quantkit.cli.sampling import sampling_of
 from quantkit.errors import MissingExtraError, RecipeError, UnsupportedModelError
 
@@ -150,7 +150,7 @@ def command(
     name = served_model_name or model
     opened = open_model(folder)
     given = parse_defaults(default or [])
-    defaults = _sampling(opened, recipe_for(model, folder, recipe), _check_defaults(given)) | given
+    defaults = _sampling(opened, sampling_recipe(model, folder, recipe), _check_defaults(given)) | given
     check_backend(backend)
     if engine != "ray":
         _refuse_ray_options(ray_address, min_replicas, max_replicas, target_requests)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -229,6 +230,14 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(quantkit, reference, tmp_pa
     assert [message in line for line in err.splitlines() if line.startswith("error:")] == [True]
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_candidate_whose_manifest_is_broken_is_refused(quantkit, reference, tmp_path):
+    candidate = shutil.copytree(reference, tmp_path / "candidate")
+    (candidate / "quantkit.json").write_text("{")
+    code, _, err = quantkit("compare", "--candidate", candidate, "--output", tmp_path / "out", "--device", "cpu")
+    assert code == 2
+    assert "quantkit.json: holds no recipe that this version can read" in err
 
 
 @pytest.mark.parametrize(

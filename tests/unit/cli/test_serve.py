@@ -1,9 +1,11 @@
 """``quantkit serve``: what it makes of its options; the server itself is tested with the runtime."""
 
+import shutil
 import sys
 
 import pytest
 
+import quantkit.demo
 from quantkit.cli.main import main
 
 
@@ -48,6 +50,15 @@ def test_the_section_serve_of_a_recipe_is_stronger_than_its_sampling(run, tmp_pa
 def test_a_default_on_the_command_line_is_stronger_than_the_recipes(run):
     _, _, [settings] = run("demo", "--device", "cpu", "--default", "num_inference_steps=3")
     assert settings.models["demo"].defaults["num_inference_steps"] == 3
+
+
+def test_a_broken_manifest_is_told_of_and_the_familys_sampling_served(run, tmp_path):
+    model = shutil.copytree(quantkit.demo.path(), tmp_path / "model")
+    (model / "quantkit.json").write_text("{}")
+    code, errors, [settings] = run(model, "--device", "cpu")
+    assert code == 0
+    assert f"warning: {model}/quantkit.json: holds no recipe that this version can read: " in errors
+    assert settings.models[str(model)].defaults["num_inference_steps"] == 28
 
 
 @pytest.mark.parametrize(
