@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from quantkit.errors import MissingExtraError, RecipeError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -65,8 +67,13 @@ def check_backend(name: str) -> None:
         raise RecipeError(f"backend: '{name}' is unknown; use one of {', '.join(known)}")
 
 
-def check_compute(name: str) -> None:
-    """Refuse a compute mode that does not exist.
+def check_compute(name: str, model: Path, *, packed: bool) -> None:
+    """Refuse a compute mode that does not exist, or that would change nothing.
+
+    Args:
+        name: As the option gives it.
+        model: What is to compute so.
+        packed: Whether that has packed layers.
 
     Raises:
         RecipeError: With the known ones.
@@ -76,3 +83,5 @@ def check_compute(name: str) -> None:
     known = ["auto", *COMPUTE_MODES]
     if name not in known:
         raise RecipeError(f"compute: '{name}' is unknown; use one of {', '.join(known)}")
+    if name == "fp8" and not packed:
+        raise RecipeError(f"compute: '{name}' is for packed layers, of which {model} has none; leave it out")

@@ -81,6 +81,7 @@ def command(
     height: options.Height = None,
     width: options.Width = None,
     num_frames: options.NumFrames = None,
+    any_size: options.AnySize = False,
     num_inference_steps: options.NumInferenceSteps = None,
     guidance_scale: options.GuidanceScale = None,
     guidance_scale_2: options.GuidanceScale2 = None,
@@ -157,6 +158,7 @@ def command(
         sampling=(flags,) if loaded is None else (loaded.recipe.sampling, loaded.recipe.compare, flags),
         thresholds=section.thresholds if section is not None and given else None,
         thresholds_source=f"{loaded.path}: compare.thresholds" if loaded is not None and given else "",
+        any_size=any_size,
         device=device,
         dtype=dtype,
         compute=compute,
@@ -237,22 +239,23 @@ def _print_result(result: Comparison, folder: Path) -> None:
     from quantkit.compare.kinds import KINDS
     from quantkit.compare.metrics import METRICS
     from quantkit.compare.numbers import milliseconds, short, size, times
-    from quantkit.compare.tables import doubt_times
+    from quantkit.compare.tables import doubt_times, interval_of, needs_words
     from quantkit.gate.thresholds import describe
 
     verdict = result.verdict
     numbers = ("mean", "90 % interval", "wanted")
     table = new_table("", "metric", *numbers, "verdict", right=numbers)
     for row in verdict.rows:
-        measured = row.value is not None and row.low is not None and row.high is not None
         table.add_row(
             row.metric,
             f"{short(row.value)} {METRICS[row.metric].unit}".strip() if row.value is not None else "-",
-            f"{short(row.low or 0)} to {short(row.high or 0)}" if measured else "-",
+            interval_of(row) or "-",
             describe(row.threshold),
             f"[bold {_COLOURS[row.outcome]}]{row.outcome}[/]",
         )
     output.print(table)
+    for row in filter(needs_words, verdict.rows):
+        output.print(f"{row.metric}: {row.reason}", markup=False, highlight=False, soft_wrap=True)
     output.print(f"thresholds: {result.thresholds_source}", markup=False, highlight=False, soft_wrap=True)
     reference, candidate = result.reference, result.candidate
     ours, theirs = sum(reference.disk_bytes.values()), sum(candidate.disk_bytes.values())

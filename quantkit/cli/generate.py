@@ -9,7 +9,7 @@ import typer
 
 from quantkit.cli import options
 from quantkit.cli.console import errors, output, show_log
-from quantkit.cli.models import recipe_for, resolve_model
+from quantkit.cli.models import resolve_model, sampling_recipe
 from quantkit.cli.progress import Bar
 from quantkit.cli.sampling import sampling_of, silence_libraries
 from quantkit.errors import RecipeError
@@ -52,6 +52,7 @@ def command(
     height: options.Height = None,
     width: options.Width = None,
     num_frames: options.NumFrames = None,
+    any_size: options.AnySize = False,
     num_inference_steps: options.NumInferenceSteps = None,
     guidance_scale: options.GuidanceScale = None,
     guidance_scale_2: options.GuidanceScale2 = None,
@@ -97,7 +98,7 @@ def command(
     from quantkit.recipe.prompts import Prompt
 
     folder = resolve_model(model)
-    loaded = recipe_for(model, folder, recipe)
+    loaded = sampling_recipe(model, folder, recipe)
     flags = sampling_of(
         height=height,
         width=width,
@@ -131,6 +132,7 @@ def command(
             tensor_parallel=tensor_parallel,
             replicas=replicas,
             overwrite=overwrite,
+            any_size=any_size,
         )
     )
     if job.ranks == 1:

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.errors import CheckpointError, MissingExtraError
+from quantkit.cli.console import errors
+from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
 
 if TYPE_CHECKING:
     from quantkit.checkpoint import ModelFolder
@@ -76,6 +77,20 @@ def recipe_for(text: str, folder: Path, given: str | None) -> LoadedRecipe | Non
     if given is None and text != "demo":
         return recipe_of(folder)
     return load_recipe(find_recipe(given or _DEMO_RECIPE))
+
+
+def sampling_recipe(text: str, folder: Path, given: str | None) -> LoadedRecipe | None:
+    """Return the recipe that says how a model is sampled, see `recipe_for`.
+
+    A model runs without its manifest: one that cannot be read is told of, and the family's sampling is taken.
+    """
+    try:
+        return recipe_for(text, folder, given)
+    except RecipeError as error:
+        if given is not None or text == "demo":
+            raise
+        errors.print(f"warning: {error}; sampled as its family is", markup=False, highlight=False, soft_wrap=True)
+        return None
 
 
 def _find_download(hub_id: str, revision: str | None) -> Path | None:

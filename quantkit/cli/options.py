@@ -15,6 +15,10 @@ NegativePrompt = Annotated[
 Height = Annotated[int | None, typer.Option("--height", help="Pixels.", rich_help_panel=WHAT)]
 Width = Annotated[int | None, typer.Option("--width", help="Pixels.", rich_help_panel=WHAT)]
 NumFrames = Annotated[int | None, typer.Option("--num-frames", help="Frames of a video.", rich_help_panel=WHAT)]
+AnySize = Annotated[
+    bool,
+    typer.Option("--any-size", help="Allow more than 2048 x 2048 pixels or 257 frames.", rich_help_panel=WHAT),
+]
 NumInferenceSteps = Annotated[
     int | None, typer.Option("--num-inference-steps", help="Denoising steps.", rich_help_panel=WHAT)
 ]

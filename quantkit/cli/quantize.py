@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ from quantkit.cli.progress import Bar
 
 if TYPE_CHECKING:
     from quantkit.quantize.memory import CalibrationMemory
-    from quantkit.quantize.run import Quantized
+    from quantkit.quantize.run import Prepared, Quantized
 
 _STAGES = {
     "check": "checking the source",
@@ -29,6 +30,8 @@ _STAGES = {
     "verify": "verifying layers",
     "hash": "hashing files",
 }
+# Files of prompts that come with quantkit.
+_PROMPTS = {"t2i": "t2i.txt", "t2v": "t2v.txt", "i2v": "i2v.jsonl", "chat": "chat.txt"}
 
 
 def command(
@@ -93,6 +96,19 @@ def command(
             on_notice=bar.note,
         )
     _print_result(result, target)
+    what = _next_command(recipe, model or loaded.recipe.model.id, prepared, target)
+    output.print(f"next: quantkit {shlex.join(what)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _next_command(recipe: str, source: str, prepared: Prepared, target: Path) -> list[str]:
+    """Return the arguments that hold the result against its source."""
+    family = prepared.family
+    if not family.sampling.given():  # nothing can be asked of such a model yet
+        return ["verify", str(target), "--source", source]
+    what = ["compare", "--task", family.task, "--reference", source, "--candidate", str(target), "--recipe", recipe]
+    if prepared.loaded.recipe.compare.prompts is None:
+        what += ["--prompts", _PROMPTS[family.task]]
+    return [*what, "--output", f"{target}-report"]
 
 
 def _default_output(model: str, bits: int) -> Path:

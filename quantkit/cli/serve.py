@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from quantkit.cli import options
-from quantkit.cli.models import recipe_for, resolve_model
+from quantkit.cli.models import resolve_model, sampling_recipe
 from quantkit.cli.sampling import sampling_of
 from quantkit.errors import MissingExtraError, RecipeError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from quantkit.checkpoint import ModelFolder
     from quantkit.recipe import LoadedRecipe
+    from quantkit.recipe.schema import Sampling
 
 _SERVER = "Server"
 _LIMITS = "Limits"
@@ -138,6 +140,7 @@ def command(
     Whether it is quantized is read from the model itself. The same server comes with the runtime alone, as
     python -m quantkit_runtime.server.
     """
+    from quantkit.checkpoint import open_model
     from quantkit.execution import check_backend, check_compute
     from quantkit_runtime.server.options import make_cluster, make_settings, parse_defaults, parse_limits
     from quantkit_runtime.server.protocol import ModelSpec
@@ -145,12 +148,10 @@ def command(
 
     folder = resolve_model(model)
     name = served_model_name or model
-    defaults = _sampling(folder, recipe_for(model, folder, recipe))
+    opened = open_model(folder)
     given = parse_defaults(default or [])
-    _check_defaults(given)
-    defaults |= given
+    defaults = _sampling(opened, sampling_recipe(model, folder, recipe), _check_defaults(given)) | given
     check_backend(backend)
-    check_compute(compute)
     if engine != "ray":
         _refuse_ray_options(ray_address, min_replicas, max_replicas, target_requests)
     api_keys = read_api_keys(api_key_file)
@@ -187,6 +188,7 @@ def command(
     models = [(name, str(folder))]
     if reference is not None:
         models.append((reference, str(resolve_model(reference))))
+    check_compute(compute, folder, packed=any(open_model(Path(path)).is_packed for _, path in models))
     loading = ModelSpec(
         str(folder),
         device=device,
@@ -221,11 +223,12 @@ def command(
     serve(settings)
 
 
-def _check_defaults(given: Mapping[str, Any]) -> None:
+def _check_defaults(given: Mapping[str, Any]) -> Sampling:
     """Refuse a default that no request could give either, before a model is loaded for it."""
     from quantkit.recipe.schema import Sampling
 
-    sampling_of("--default ", **{name: value for name, value in given.items() if name in Sampling.model_fields})
+    fields = {name: value for name, value in given.items() if name in Sampling.model_fields}
+    return sampling_of("--default ", **fields)
 
 
 def _refuse_ray_options(
@@ -241,15 +244,23 @@ def _refuse_ray_options(
         raise RecipeError(f"{', '.join(names)}: only --engine ray grows; add it, or leave them out")
 
 
-def _sampling(folder: Path, loaded: LoadedRecipe | None) -> dict[str, Any]:
-    """Return the sampling of a recipe, or else of the model's family; nothing of an unknown family."""
-    from quantkit.checkpoint import open_model
+def _sampling(opened: ModelFolder, loaded: LoadedRecipe | None, given: Sampling) -> dict[str, Any]:
+    """Return the sampling of a recipe, or else of the model's family; nothing of an unknown family.
+
+    Raises:
+        RecipeError: If the model cannot draw the size that results with the given defaults.
+    """
     from quantkit.families.registry import detect
 
     try:
-        family = detect(open_model(folder))
+        family = detect(opened)
     except UnsupportedModelError:  # the server runs any pipeline that diffusers knows
         return {}
     sampling = family.sampling_for(*([loaded.recipe.sampling, loaded.recipe.serve] if loaded is not None else []))
+    family.check_sizes(
+        opened,
+        given.over(sampling),
+        lambda key: f"--default {key}" if getattr(given, key) is not None else f"the recipe's {key}",
+    )
     # Requests call the length of an answer max_tokens, and it has a limit of its own.
     return {name: value for name, value in sampling.given().items() if name != "max_new_tokens"}

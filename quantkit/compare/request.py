@@ -25,6 +25,7 @@ class Request:
         candidate_label: Likewise.
         task: What the models are asked to do.
         sampling: Layers of sampling keys over the family's defaults, the later the stronger.
+        any_size: Whether more pixels and frames are drawn than a server would by default.
         thresholds: Bounds per metric; empty takes the task's `DEFAULT_THRESHOLDS`.
         thresholds_source: Where the thresholds come from, for messages and the report.
         device: ``cpu``, ``cuda``, ``xpu`` ...; ``auto`` is the accelerator if there is one, else the CPU.
@@ -47,6 +48,7 @@ class Request:
     candidate_label: str = ""
     task: Task = "t2i"
     sampling: tuple[Sampling, ...] = ()
+    any_size: bool = False
     thresholds: Mapping[str, Threshold] | None = None
     thresholds_source: str = ""
     device: str = "auto"

@@ -25,6 +25,7 @@ from quantkit.compare.tasks.base import Context
 from quantkit.errors import UnsupportedModelError
 from quantkit.execution import check_backend, check_compute, resolve_device, resolve_dtype
 from quantkit.families.registry import detect
+from quantkit.families.sizes import check_extent, given_in
 from quantkit.gate.thresholds import DEFAULT_THRESHOLDS, check_names
 from quantkit.gate.verdict import judge
 from quantkit.recipe.prompts import Prompt
@@ -43,7 +44,7 @@ def compare(
     not at all.
 
     Raises:
-        RecipeError: If prompts, seeds, sampling keys, a metric's name, the device, dtype, compute or
+        RecipeError: If prompts, seeds, sampling keys, sizes, a metric's name, the device, dtype, compute or
             backend are no good, or there is no kernel for them here.
         UnsupportedModelError: If the family cannot do the task or the architectures differ.
         CheckpointError: If a model cannot be loaded, or the reference does not produce finite values.
@@ -63,9 +64,12 @@ def compare(
         )
     check_same_architecture(reference, candidate)
     sampling = family.sampling_for(*request.sampling)
+    family.check_sizes(reference, sampling, given_in(request.sampling))
+    if not request.any_size:
+        check_extent(sampling, given_in(request.sampling))
     device, dtype = resolve_device(request.device), resolve_dtype(request.dtype)
     check_backend(request.backend)
-    check_compute(request.compute)
+    check_compute(request.compute, request.candidate, packed=candidate.is_packed)
     for model in (reference, candidate):
         check_kernels(model, device, dtype, compute=request.compute, backend=request.backend)
 

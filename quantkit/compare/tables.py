@@ -58,6 +58,13 @@ def doubt_times(result: Comparison) -> str:
     return "" if all(side is None or side.steady for side in sides) else ", but the times vary widely"
 
 
+def interval_of(row: Row) -> str:
+    """Return the interval of a row as text; empty where there is none, as of a single prompt."""
+    if row.low is None or row.high is None or row.prompts < 2:
+        return ""
+    return f"{short(row.low)} to {short(row.high)}"
+
+
 def threshold_rows(result: Comparison) -> list[dict[str, Any]]:
     """Return one row per threshold, each with its interval as a chart."""
     rows = []
@@ -71,7 +78,7 @@ def threshold_rows(result: Comparison) -> list[dict[str, Any]]:
                 "outcome": row.outcome,
                 "threshold": describe(row.threshold),
                 "value": short(row.value) if row.value is not None else _ABSENT,
-                "interval": f"{short(row.low or 0)} to {short(row.high or 0)}" if measured else "",
+                "interval": interval_of(row),
                 "chart": (
                     interval_chart(
                         f"{metric.label}: {row.reason}", row.value or 0, row.low or 0, row.high or 0, row.threshold
@@ -79,13 +86,13 @@ def threshold_rows(result: Comparison) -> list[dict[str, Any]]:
                     if measured
                     else ""
                 ),
-                "note": row.reason if _needs_words(row) else "",
+                "note": row.reason if needs_words(row) else "",
             }
         )
     return rows
 
 
-def _needs_words(row: Row) -> bool:
+def needs_words(row: Row) -> bool:
     """Return whether the numbers beside a verdict do not already say all of it."""
     return row.outcome == "INCONCLUSIVE" or row.value is None or row.prompts < FEW_PROMPTS
 

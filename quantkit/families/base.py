@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.checkpoint import Component, ModelFolder
 from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
 from quantkit.families.serving import LANGUAGE_MODEL, VllmOmni
+from quantkit.families.sizes import Grid, check_grid
 from quantkit.recipe.prompts import Prompt, read_prompts
 from quantkit.recipe.schema import Sampling, Task
 
@@ -124,6 +125,19 @@ class Family(ABC):
         """Return the keyword arguments of a call that samples, without prompt, generator and callback."""
         return dict(sampling.given())
 
+    def check_sizes(self, model: ModelFolder, sampling: Sampling, named: Callable[[str], str]) -> None:
+        """Refuse sizes that a model cannot draw, which its pipeline would round; by default nothing.
+
+        Args:
+            model: Its folder.
+            sampling: Complete.
+            named: Returns how messages call a sampling key.
+
+        Raises:
+            RecipeError: With the nearest sizes that work.
+        """
+        del model, sampling, named
+
     def count_block_inputs(
         self, source: ModelFolder, component: str, sampling: Sampling, max_tokens: int
     ) -> BlockInputs | None:
@@ -218,10 +232,17 @@ class DiffusionFamily(Family):
 
     Attributes:
         frames_per_second: At which its videos play.
+        grid: Says, from configurations alone, which sizes a model draws; without it, they are not checked.
     """
 
     guidance: str | None = "guidance_scale"
     frames_per_second: int = 16
+    grid: Callable[[ModelFolder], Grid] | None = None
+
+    def check_sizes(self, model: ModelFolder, sampling: Sampling, named: Callable[[str], str]) -> None:
+        """Hold sizes against the family's grid, see `Family.check_sizes`."""
+        if self.grid is not None:
+            check_grid(self.grid(model), self.name, sampling, named)
 
     def prompt_kwargs(self, prompt: Prompt) -> dict[str, Any]:
         """Return the keyword arguments of a pipeline call that say what to draw.

@@ -7,6 +7,7 @@ from typing import Any
 from quantkit.checkpoint import ModelFolder
 from quantkit.families.base import BlockInputs, DiffusionFamily
 from quantkit.families.serving import VllmOmni
+from quantkit.families.sizes import picture_grid
 from quantkit.recipe.schema import Sampling
 
 
@@ -22,7 +23,7 @@ def block_inputs(
         guidance: The key that, above 1, makes each step run the model twice.
     """
     config = source.components[component].config
-    patch = 2 * 2 ** (len(source.components["vae"].config["block_out_channels"]) - 1)
+    patch = picture_grid(source).side
     given: dict[str, Any] = sampling.given()
     tokens = (given["height"] // patch) * (given["width"] // patch) + given["max_sequence_length"]
     width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -55,4 +56,5 @@ FLUX = DiffusionFamily(
         row_parallel=(r"\.to_out\.0$", r"\.to_add_out$", r"\.net\.2$"),
     ),
     block_inputs=block_inputs,
+    grid=picture_grid,
 )

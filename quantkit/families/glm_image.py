@@ -11,13 +11,19 @@ from typing import Any
 from quantkit.checkpoint import ModelFolder
 from quantkit.families.base import BlockInputs, DiffusionFamily
 from quantkit.families.serving import VllmOmni
+from quantkit.families.sizes import Grid, picture_grid
 from quantkit.recipe.schema import Sampling
+
+
+def _grid(source: ModelFolder) -> Grid:
+    """Of the latents, patches are made; a coarse token stands for two patches along each side."""
+    return picture_grid(source, latents=2 * source.components["transformer"].config.get("patch_size", 2))
 
 
 def _block_inputs(source: ModelFolder, component: str, sampling: Sampling) -> BlockInputs:
     """Count image tokens alone: the text is what a prompt has in quotes, a few bytes."""
     config = source.components[component].config
-    patch = config["patch_size"] * 2 ** (len(source.components["vae"].config["block_out_channels"]) - 1)
+    patch = _grid(source).side // 2
     given: dict[str, Any] = sampling.given()
     tokens = (given["height"] // patch) * (given["width"] // patch)
     time_embedding = 2 * config["time_embed_dim"]
@@ -55,5 +61,6 @@ GLM_IMAGE = DiffusionFamily(
     },
     vllm_omni=VllmOmni(renames=((r"\.to_[qkv]$", ".to_qkv"),), row_parallel=(r"\.to_out\.0$", r"\.net\.2$")),
     block_inputs=_block_inputs,
+    grid=_grid,
     block_outputs={"GlmImageTransformerBlock": ("hidden_states", "encoder_hidden_states")},
 )

@@ -7,6 +7,7 @@ from functools import partial
 from quantkit.families.base import DiffusionFamily
 from quantkit.families.flux import block_inputs
 from quantkit.families.serving import VllmOmni
+from quantkit.families.sizes import picture_grid
 from quantkit.recipe.schema import Sampling
 
 OVIS_IMAGE = DiffusionFamily(
@@ -23,4 +24,5 @@ OVIS_IMAGE = DiffusionFamily(
     ),
     vllm_omni=VllmOmni(unsupported="its Ovis-Image builds 16-bit layers only, packed ones find no place"),
     block_inputs=partial(block_inputs, guidance="guidance_scale"),
+    grid=picture_grid,
 )

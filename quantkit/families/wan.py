@@ -13,6 +13,7 @@ from quantkit.checkpoint import ModelFolder, read_json
 from quantkit.errors import CheckpointError
 from quantkit.families.base import BlockInputs, DiffusionFamily
 from quantkit.families.serving import VllmOmni
+from quantkit.families.sizes import wan_grid
 from quantkit.recipe.schema import Sampling
 
 _KEPT = {
@@ -90,6 +91,7 @@ T2V = DiffusionFamily(
     kept=_KEPT,
     vllm_omni=_VLLM_OMNI,
     block_inputs=_block_inputs,
+    grid=wan_grid,
 )
 
 I2V = replace(

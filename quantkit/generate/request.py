@@ -12,6 +12,7 @@ from quantkit.checkpoint import open_model
 from quantkit.errors import OutputError, RecipeError, UnsupportedModelError
 from quantkit.execution import check_backend, check_compute, resolve_device, resolve_dtype
 from quantkit.families.registry import detect, get_family
+from quantkit.families.sizes import check_extent, given_in
 from quantkit.generate.media import check_video_encoder
 from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling
@@ -44,6 +45,7 @@ class Request:
         replicas: Ranks that generate each on their own, with seeds that follow one another; each output has its
             seed in its name.
         overwrite: Whether an existing output is replaced.
+        any_size: Whether more pixels and frames are drawn than a server would by default.
     """
 
     model: Path
@@ -59,6 +61,7 @@ class Request:
     tensor_parallel: int = 1
     replicas: int = 1
     overwrite: bool = False
+    any_size: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,17 @@ def prepare(request: Request) -> Job:
     """
     if not request.prompt.text.strip():
         raise RecipeError("--prompt: is empty")
-    family = detect(open_model(request.model))
+    model = open_model(request.model)
+    family = detect(model)
     sampling = family.sampling_for(*request.sampling)
+    family.check_sizes(model, sampling, given_in(request.sampling))
+    if not request.any_size:
+        check_extent(sampling, given_in(request.sampling))
     _check_inputs(request.prompt, family.name, family.task)
     resolve_device(request.device)
     resolve_dtype(request.dtype)
     check_backend(request.backend)
-    check_compute(request.compute)
+    check_compute(request.compute, request.model, packed=model.is_packed)
     ranks = _count_ranks(request)
     if request.cfg_parallel > 1 and not family.is_guided(sampling):
         raise UnsupportedModelError(

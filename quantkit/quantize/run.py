@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from quantkit.quantize.values import LayerError
 from quantkit.quantize.verify import verify
 from quantkit.recipe.load import MANIFEST, LoadedRecipe
 from quantkit.recipe.locate import find_prompts
-from quantkit.recipe.schema import parse_size
+from quantkit.recipe.schema import Sampling, parse_size
 from quantkit.staging import Staging, stage
 from quantkit_runtime.checkpoint import TensorInfo
 
@@ -96,14 +96,21 @@ def prepare(loaded: LoadedRecipe, source: Path | ModelFolder) -> Prepared:
         raise UnsupportedModelError(
             f"{loaded.path}: model.task: {family.name} does {family.task}, not {recipe.model.task}"
         )
-    for section in (recipe.calibration, recipe.compare, recipe.serve):
-        family.sampling_for(recipe.sampling, section)
+    for name in ("calibration", "compare", "serve"):
+        section = getattr(recipe, name)
+        sampling = family.sampling_for(recipe.sampling, section)
+        family.check_sizes(model, sampling, _keys_of(loaded.path, name, section))
     plan = make_plan(model, family, recipe)
     if not recipe.scheme.tuned:
         return Prepared(loaded, family, plan, [], None)
     prompts = _calibration_samples(loaded, family)
     family.check_calibration(model.folder, prompts, recipe.scheme.seqlen)  # now, not after an hour
     return Prepared(loaded, family, plan, prompts, estimate_memory(plan, family, recipe))
+
+
+def _keys_of(path: Path, name: str, section: Sampling) -> Callable[[str], str]:
+    """Return how to name a sampling key: as the section's if that gives it, else as of ``sampling``."""
+    return lambda key: f"{path}: {name if getattr(section, key) is not None else 'sampling'}.{key}"
 
 
 def _calibration_samples(loaded: LoadedRecipe, family: Family) -> list[Any]:

@@ -96,6 +96,10 @@ def recipe_of(checkpoint: Path) -> LoadedRecipe | None:
         recorded = json.loads(path.read_bytes())["recipe"]
         recipe = Recipe.model_validate_json(json.dumps(recorded["effective"]))
         return LoadedRecipe(recipe, path, str(recorded["sha256"]))
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"recipe.effective.{_dotted(first['loc'])}: {first['msg']}"
+        raise RecipeError(f"{path}: holds no recipe that this version can read: {reason}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{path}: holds no recipe that this version can read: {error}") from error
 

@@ -89,6 +89,13 @@ def test_a_group_size_that_divides_no_layer(fails, model):
     assert "choose 32 or 64 or 128, or exclude it" in line
 
 
+@pytest.mark.parametrize("section", ["sampling", "calibration", "compare", "serve"])
+def test_a_size_that_the_model_cannot_draw(fails, model, section):
+    assert fails(f"{RECIPE}{section}: {{height: 62}}\n", model) == (
+        f"./recipe.yaml: {section}.height: is 62, but this flux model draws multiples of 4; use 60 or 64"
+    )
+
+
 def test_a_model_folder_without_model_index(fails, model):
     (model / "model_index.json").unlink()
     assert fails(RECIPE, model) == (

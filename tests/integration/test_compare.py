@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 
 import pytest
 import torch
@@ -172,7 +174,7 @@ def test_the_recipes_thresholds_decide_the_exit_code_with_gate_alone(
 
 
 def test_flags_win_over_the_recipe(quantkit, recipe, slight, tmp_path):
-    code, _, _ = quantkit(
+    code, out, _ = quantkit(
         "compare", "--recipe", recipe(0.9), "--candidate", slight, "--output", tmp_path / "out", "--device", "cpu",
         "--prompt", "a circle", "--seeds", "8", "--num-inference-steps", "3",
     )  # fmt: skip
@@ -180,6 +182,23 @@ def test_flags_win_over_the_recipe(quantkit, recipe, slight, tmp_path):
     assert code == 0
     assert result["prompts"] == [{"text": "a circle", "image": None, "audio": None}]
     assert (result["seeds"], len(result["timesteps"])) == ([8], 3)
+    # One prompt has a mean, but no interval, and the table says so.
+    [row] = [line for line in out.splitlines() if line.startswith("latent_rel_l2 ")]
+    assert re.fullmatch(r"latent_rel_l2 +[\d.]+ +- +\S 0.9 +PASS", row.strip())
+    assert re.search(r"^latent_rel_l2: [\d.]+ meets \S 0.9; single prompt: no interval$", out, re.MULTILINE)
+
+
+def test_the_command_that_quantize_names_compares_what_it_made(quantkit, recipe, reference, tmp_path):
+    code, out, _ = quantkit(
+        "quantize", "--recipe", recipe(0.9), "--model", reference, "--output", tmp_path / "w4 a16",
+        "--set", "scheme.group_size=64",
+    )  # fmt: skip
+    assert code == 0
+    line = out.splitlines()[-1]
+    assert line.startswith("next: quantkit compare --task t2i --reference ")
+    code, out, _ = quantkit(*shlex.split(line)[2:])
+    assert code == 0
+    assert out.splitlines()[-1] == str(tmp_path / "w4 a16-report" / "report.html")
 
 
 def test_an_undecided_comparison_exits_with_3(quantkit, reference, slight, tmp_path, monkeypatch):
@@ -229,6 +248,14 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(quantkit, reference, tmp_pa
     assert [message in line for line in err.splitlines() if line.startswith("error:")] == [True]
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_candidate_whose_manifest_is_broken_is_refused(quantkit, reference, tmp_path):
+    candidate = shutil.copytree(reference, tmp_path / "candidate")
+    (candidate / "quantkit.json").write_text("{")
+    code, _, err = quantkit("compare", "--candidate", candidate, "--output", tmp_path / "out", "--device", "cpu")
+    assert code == 2
+    assert "quantkit.json: holds no recipe that this version can read" in err
 
 
 @pytest.mark.parametrize(

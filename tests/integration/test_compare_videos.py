@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from quantkit.compare.result import read_result
 from quantkit.compare.run import compare
 from quantkit.compare.trajectory import record
 from quantkit.errors import CheckpointError, RecipeError
+from quantkit.families.registry import detect
 from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling
 from quantkit_runtime import load_pipeline
@@ -131,20 +133,28 @@ def test_a_missing_frame_is_one_clear_error(results, folder, tmp_path):
         render(results["late"], tmp_path / "late")
 
 
-def test_the_result_names_the_sizes_that_came_out_where_the_pipeline_rounds_them(tiny_model, folder):
+def test_the_result_names_the_sizes_that_came_out_where_the_pipeline_rounds_them(tiny_model, folder, monkeypatch):
     source = tiny_model("wan_ti2v")
+    # Of a family that cannot tell which sizes its models draw.
+    monkeypatch.setattr("quantkit.compare.run.detect", lambda model: replace(detect(model), grid=None))
     asked = Sampling(height=32, width=48, num_frames=5, num_inference_steps=2, max_sequence_length=16)
     request = Request(source, source, PROMPTS[:1], (0,), task="t2v", sampling=(asked,), device="cpu")
     sampling = compare(request, folder / "result-rounded").sampling
     assert (sampling.height, sampling.width, sampling.num_frames) == (32, 32, 5)
 
 
-def test_a_size_that_the_pipeline_refuses_is_one_clear_error(tiny_model, folder):
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"height": 33}, "--height: is 33, but this wan2.2-t2v model draws multiples of 16; use 32 or 48"),
+        ({"num_frames": 8}, "--num-frames: is 8, but .* draws 1 more than multiples of 4; use 5 or 9"),
+        ({"width": 2**20}, "--width, .*height: 1048576 x 32 are 33554432 pixels; more than 4194304 are drawn with"),
+    ],
+)
+def test_a_size_that_the_model_cannot_draw_is_one_clear_error(tiny_model, folder, asked, message):
     source = tiny_model("wan_t2v")
-    sampling = (SMALL, Sampling(height=33))
-    with pytest.raises(
-        RecipeError, match=r"sampling: WanPipeline refuses it: .* divisible by 16 but are 33 and 48"
-    ):
+    sampling = (SMALL, Sampling(**asked))
+    with pytest.raises(RecipeError, match=message):
         compare(Request(source, source, PROMPTS, task="t2v", seeds=(0,), sampling=sampling), folder / "refused")
     assert not (folder / "refused").exists()
 

@@ -1,6 +1,7 @@
 """``quantkit generate``: what it writes for every kind of model, alone and on several ranks."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,25 @@ def test_an_answer_to_text_picture_and_sound_goes_to_standard_output_or_a_file(r
     code, output, _ = run(*ask, "--output", tmp_path / "answer.txt")
     assert (code, output) == (0, f"{tmp_path / 'answer.txt'}\n")
     assert (tmp_path / "answer.txt").read_text() == plain
+
+
+@pytest.mark.parametrize(
+    ("manifest", "reason"),
+    [("{", "Expecting property name"), ('{"recipe": {"effective": {"version": 2}}}', "recipe.effective.version: ")],
+)
+def test_a_broken_manifest_is_told_of_and_the_model_runs_all_the_same(
+    run, rtn_checkpoint, tmp_path, manifest, reason
+):
+    model = shutil.copytree(rtn_checkpoint, tmp_path / "model")
+    ask = [model, *DEMO[1:], "--height", 32, "--width", 32, "--guidance-scale", 3.5]
+    assert run(*ask, "--output", tmp_path / "a.png")[0] == 0
+    (model / "quantkit.json").write_text(manifest)
+    code, _, errors = run(*ask, "--output", tmp_path / "b.png")
+    assert code == 0, errors
+    assert errors.startswith(f"warning: {model / 'quantkit.json'}: holds no recipe that this version can read: ")
+    assert reason in errors.splitlines()[0]
+    assert errors.splitlines()[0].endswith("; sampled as its family is")
+    assert pixels(tmp_path / "b.png").shape == pixels(tmp_path / "a.png").shape
 
 
 def test_guidance_that_is_off_is_refused_with_code_2(run, tmp_path):

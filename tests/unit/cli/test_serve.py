@@ -1,9 +1,11 @@
 """``quantkit serve``: what it makes of its options; the server itself is tested with the runtime."""
 
+import shutil
 import sys
 
 import pytest
 
+import quantkit.demo
 from quantkit.cli.main import main
 
 
@@ -50,6 +52,15 @@ def test_a_default_on_the_command_line_is_stronger_than_the_recipes(run):
     assert settings.models["demo"].defaults["num_inference_steps"] == 3
 
 
+def test_a_broken_manifest_is_told_of_and_the_familys_sampling_served(run, tmp_path):
+    model = shutil.copytree(quantkit.demo.path(), tmp_path / "model")
+    (model / "quantkit.json").write_text("{}")
+    code, errors, [settings] = run(model, "--device", "cpu")
+    assert code == 0
+    assert f"warning: {model}/quantkit.json: holds no recipe that this version can read: " in errors
+    assert settings.models[str(model)].defaults["num_inference_steps"] == 28
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -63,9 +74,11 @@ def test_a_default_on_the_command_line_is_stronger_than_the_recipes(run):
         (["demo", "--cfg-parallel", "3"], "--cfg-parallel"),
         (["demo", "--default", "height=tall"], "--default height: input should be a valid integer"),
         (["demo", "--default", "num_inference_steps=0"], "--default num_inference_steps: input should be greater"),
+        (["demo", "--default", "height=63"], "--default height: is 63, but this flux model draws multiples of 8;"),
         (["demo", "--port", "70000"], "less than or equal to 65535"),
         (["demo", "--backend", "cublas"], "backend: 'cublas' is unknown; use one of auto"),
         (["demo", "--compute", "int8"], "compute: 'int8' is unknown; use one of auto, 16bit, fp8"),
+        (["demo", "--compute", "fp8"], "compute: 'fp8' is for packed layers, of which"),
         (["demo", "--max-replicas", "3"], "--max-replicas: only --engine ray grows"),
         (["demo", "--ray-address", "auto"], "--ray-address: only --engine ray grows"),
     ],

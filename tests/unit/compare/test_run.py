@@ -177,6 +177,7 @@ def test_the_noise_floor_can_be_left_out(model, run):
         ({"device": "toaster"}, RecipeError, "device: 'toaster' is unknown"),
         ({"device": "xpu"}, RecipeError, "device: 'xpu' is not available here"),
         ({"dtype": "int4"}, RecipeError, "dtype: 'int4' is unknown; use one of bfloat16"),
+        ({"compute": "fp8"}, RecipeError, "compute: 'fp8' is for packed layers, of which .*/model has none"),
         ({"task": "t2v"}, UnsupportedModelError, "task t2v"),
         ({"sampling": (Sampling(num_frames=5),)}, RecipeError, "flux takes no num_frames"),
         ({"lpips_backbone": "model/behaviour.json"}, RecipeError, "cannot be read as AlexNet weights"),

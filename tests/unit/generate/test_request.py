@@ -28,9 +28,29 @@ REFUSED = {
     "picture": ({"image": "x.png"}, RecipeError, "--image: flux takes none"),
     "sound": ({"audio": "x.wav"}, RecipeError, "--audio: flux takes none"),
     "another family's key": ({"sampling": (Sampling(num_frames=5),)}, RecipeError, "flux takes no num_frames"),
+    "height": (
+        {"sampling": (Sampling(height=63),)},
+        RecipeError,
+        r"^--height: is 63, but this flux model draws multiples of 8; use 56 or 64$",
+    ),
+    "width of the recipe": (
+        {"sampling": (Sampling(width=4), Sampling(height=64))},
+        RecipeError,
+        r"^the recipe's width: is 4, but this flux model draws multiples of 8; use 8$",
+    ),
+    "more than any memory holds": (
+        {"sampling": (Sampling(height=100_000, width=100_000),)},
+        RecipeError,
+        r"^--width, --height: 100000 x 100000 are 10000000000 pixels; more than 4194304 are drawn with --any-size",
+    ),
     "device": ({"device": "cuda:9"}, RecipeError, "device: 'cuda:9' is not available here"),
     "dtype": ({"dtype": "int8"}, RecipeError, "dtype: 'int8' is unknown"),
     "compute": ({"compute": "fp4"}, RecipeError, "compute: 'fp4' is unknown; use one of auto, 16bit, fp8"),
+    "compute of packed layers alone": (
+        {"compute": "fp8"},
+        RecipeError,
+        "compute: 'fp8' is for packed layers, of which .*/pipeline has none; leave it out",
+    ),
     "backend": ({"backend": "marlin"}, RecipeError, "backend: 'marlin' is unknown"),
     "three branches": ({"cfg_parallel": 3}, RecipeError, "--cfg-parallel: must be 1 or 2"),
     "no rank": ({"tensor_parallel": 0}, RecipeError, "--tensor-parallel: must be at least 1"),
@@ -88,6 +108,25 @@ def test_mp4_without_an_encoder_is_refused_with_the_line_that_installs_it(tiny_w
     monkeypatch.setattr("quantkit.generate.media.find_spec", lambda _name: None)
     with pytest.raises(MissingExtraError, match=r"av .* is not installed: pip install 'quantkit\[video\]'"):
         prepare(Request(tiny_wan, Prompt("a"), output=tmp_path / "a.mp4"))
+
+
+def test_a_size_beyond_the_servers_limit_is_drawn_where_that_is_said(ask):
+    assert ask(sampling=(Sampling(height=4096, width=2048),), any_size=True).sampling.height == 4096
+
+
+def test_a_number_of_frames_that_the_autoencoder_cannot_make_is_refused_with_its_neighbours(tiny_wan, tmp_path):
+    def ask(**sizes):
+        prepare(Request(tiny_wan, Prompt("a"), output=tmp_path / "a.gif", sampling=(Sampling(**sizes),)))
+
+    with pytest.raises(RecipeError) as caught:
+        ask(num_frames=48, height=488)
+    assert caught.value.problems == (
+        "--height: is 488, but this wan2.2-t2v model draws multiples of 16; use 480 or 496",
+        "--num-frames: is 48, but this wan2.2-t2v model draws 1 more than multiples of 4; use 45 or 49",
+    )
+    with pytest.raises(RecipeError, match="--num-frames: is 100001; more than 257 are drawn with --any-size only"):
+        ask(num_frames=100_001)
+    ask(num_frames=49)
 
 
 @pytest.fixture
