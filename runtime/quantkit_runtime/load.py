@@ -67,7 +67,7 @@ def load_pipeline(
         MissingDependencyError: diffusers is not installed.
         QuantkitRuntimeError: ``compile`` finds no repeated blocks.
     """
-    target = _available_device(device)
+    target = available_device(device)
     folder = local_folder(path)
     index_path = folder / "model_index.json"
     if not index_path.is_file():
@@ -149,7 +149,7 @@ def load_model(
         QuantkitRuntimeError: ``compile`` finds no repeated blocks.
         ParallelError: The model cannot be shared by so many ranks.
     """
-    target = _available_device(device)
+    target = available_device(device)
     folder = local_folder(path)
     config_path = folder / "config.json"
     config = read_json(config_path)
@@ -240,7 +240,12 @@ def _transformers_builder(folder: Path, model_class: Any, dtype: torch.dtype) ->
     return lambda: build_transformers(model_class, read_json(path), path, dtype)
 
 
-def _available_device(device: str | torch.device) -> torch.device:
+def available_device(device: str | torch.device) -> torch.device:
+    """Return a device that can hold weights.
+
+    Raises:
+        BackendUnavailableError: torch does not know it, or this machine does not have it.
+    """
     try:
         target = torch.device(device)
     except RuntimeError as error:

@@ -33,7 +33,10 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
         settings: What to serve and how.
         make_engine: Makes the engine of a model; processes on this machine if left out.
     """
-    make = make_engine or (lambda spec: EngineGroup(spec, settings.patience, log_format=settings.log_format))
+    several = len(settings.models) > 1
+    make = make_engine or (
+        lambda spec: EngineGroup(spec, settings.patience, log_format=settings.log_format, shares_cores=several)
+    )
     metrics = Metrics()
     deployments = Deployments(
         {name: _deploy(name, make(spec), metrics, settings) for name, spec in settings.models.items()}

@@ -99,6 +99,7 @@ def make_settings(models: list[tuple[str, str]], loading: ModelSpec, **server: A
 
     Raises:
         SettingsError: An option cannot be used, or two models have one name.
+        BackendUnavailableError: This machine does not have the device; a cluster's may.
     """
     if loading.dtype not in _DTYPES:
         raise SettingsError(f"--dtype {loading.dtype}: use {', '.join(_DTYPES)}")
@@ -112,6 +113,10 @@ def make_settings(models: list[tuple[str, str]], loading: ModelSpec, **server: A
             f"--reference {models[-1][0]}: is served already; rename the first by --served-model-name"
         )
     device = _device() if loading.device == "auto" else loading.device
+    if device != "cpu" and server["cluster"] is None:  # importing torch takes time and memory
+        from quantkit_runtime.load import available_device
+
+        available_device(device)
     return Settings(
         models={name: dataclasses.replace(loading, path=path, device=device) for name, path in models}, **server
     )

@@ -78,6 +78,12 @@ class EngineGroup:
     All methods are called in the event loop. Reading and writing happen in threads, because a stopped process would
     otherwise stop the loop, too.
 
+    Args:
+        spec: What to load.
+        patience: When they count as hung.
+        log_format: Of their logs.
+        shares_cores: Whether engines of other models run on this machine, too.
+
     Attributes:
         state: ``starting``, ``ready``, ``down`` (to be started again), ``failed`` (never came up), ``stopped``.
         info: What the model can do; known from the first ready state on.
@@ -89,7 +95,14 @@ class EngineGroup:
         on_down: Called with the reason when all that was sent is lost.
     """
 
-    def __init__(self, spec: ModelSpec, patience: Patience | None = None, *, log_format: str = "json") -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        patience: Patience | None = None,
+        *,
+        log_format: str = "json",
+        shares_cores: bool = False,
+    ) -> None:
         self.spec = spec
         self.patience = patience or Patience()
         self.state: State = "starting"
@@ -100,7 +113,10 @@ class EngineGroup:
         self.on_event: Callable[[Any], None] = lambda _event: None
         self.on_ready: Callable[[], None] = lambda: None
         self.on_down: Callable[[str], None] = lambda _reason: None
-        self._log_format = log_format
+        self._environment = os.environ | {"QUANTKIT_LOG_FORMAT": log_format}
+        if shares_cores and spec.device.partition(":")[0] == "cpu":
+            # OpenMP's threads wait for work by spinning, which takes the cores from the other engines' threads.
+            self._environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._ranks: list[_Rank] = []
         self._generation = 0
         self._failures = 0
@@ -181,7 +197,7 @@ class EngineGroup:
         self.phases = {}
         self.mark_progress()
         try:
-            self._ranks = await asyncio.to_thread(_start_ranks, self.spec, self._log_format)
+            self._ranks = await asyncio.to_thread(_start_ranks, self.spec, self._environment)
         except OSError as error:
             self._lose(f"cannot be started: {error}")
             return
@@ -294,8 +310,7 @@ class EngineGroup:
         self._spawn_soon(0.0 if self._failures == 1 else min(0.5 * 2**self._failures, _MAX_BACKOFF_S))
 
 
-def _start_ranks(spec: ModelSpec, log_format: str) -> list[_Rank]:
-    environment = os.environ | {"QUANTKIT_LOG_FORMAT": log_format}
+def _start_ranks(spec: ModelSpec, environment: dict[str, str]) -> list[_Rank]:
     if spec.ranks > 1:
         group = {
             "WORLD_SIZE": str(spec.ranks),

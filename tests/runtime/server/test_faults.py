@@ -52,6 +52,27 @@ def test_under_load_a_killed_or_stopped_engine_loses_no_request(client, number):
     assert not client.server.scheduler.running
 
 
+@pytest.mark.parametrize(
+    ("kinds", "given", "policy"),
+    [
+        (("images",), None, None),
+        (("images", "chat"), None, "PASSIVE"),
+        (("images", "chat"), "ACTIVE", "ACTIVE"),
+    ],
+)
+def test_engines_that_share_the_cores_wait_without_spinning(settings, monkeypatch, kinds, given, policy):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    with serving.running(settings(*kinds)) as server:
+        for deployment in server.context.deployments.by_name.values():
+            [pid] = deployment.engine.pids
+            variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            assert [one for one in variables if one.startswith("OMP_WAIT_POLICY=")] == (
+                [f"OMP_WAIT_POLICY={policy}"] if policy else []
+            )
+
+
 def test_ready_goes_red_and_green_again_while_requests_wait(client):
     assert client.get("/ready").status_code == 200
     os.kill(client.server.engine.pids[0], signal.SIGSTOP)

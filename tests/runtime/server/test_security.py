@@ -11,6 +11,7 @@ import httpx2
 import pytest
 import serving
 
+from quantkit_runtime.errors import BackendUnavailableError
 from quantkit_runtime.server import remote
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.logs import set_up_logging
@@ -184,6 +185,14 @@ def test_an_id_that_could_forge_log_lines_is_replaced(serve):
 def test_options_that_cannot_be_used_are_named(arguments, words):
     with pytest.raises(SettingsError, match=words):
         parse([*arguments, "--device", "cpu"])
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "toaster"])
+def test_a_device_that_is_not_here_is_refused_before_anything_listens(device):
+    with pytest.raises(BackendUnavailableError, match=f"device '{device}': not a"):
+        parse(["m", "--device", device])
+    on_cluster = parse(["m", "--device", device, "--engine", "ray"])
+    assert on_cluster.models["m"].device == device
 
 
 def test_options_become_settings():

@@ -61,6 +61,12 @@ def test_a_broken_manifest_is_told_of_and_the_familys_sampling_served(run, tmp_p
     assert settings.models[str(model)].defaults["num_inference_steps"] == 28
 
 
+def test_a_device_that_is_not_here_is_refused_before_anything_listens(run):
+    code, error, served = run("demo", "--device", "cuda:99")
+    assert (code, served) == (2, [])
+    assert error.startswith("error: device 'cuda:99': not available here (accelerators: ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
