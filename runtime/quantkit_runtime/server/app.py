@@ -20,6 +20,7 @@ from quantkit_runtime.server.protocol import ModelSpec
 from quantkit_runtime.server.routes import chat, images, page, service, speech, videos
 from quantkit_runtime.server.routes.common import Context
 from quantkit_runtime.server.scheduler import Scheduler
+from quantkit_runtime.server.security import OPEN_PATHS
 from quantkit_runtime.server.settings import Settings
 from quantkit_runtime.server.supervisor import EngineGroup
 
@@ -54,23 +55,48 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
     for part in (images, videos, chat, speech, service, page):
         app.include_router(part.router)
     app.add_middleware(Guard, settings=settings)
-    app.openapi_schema = _describe(app, needs_key=bool(settings.api_keys))
+    app.openapi_schema = _describe(app, settings)
     return app
 
 
-def _describe(app: FastAPI, *, needs_key: bool) -> dict[str, Any]:
-    """Return the OpenAPI document as this app really answers."""
+def _describe(app: FastAPI, settings: Settings) -> dict[str, Any]:
+    """Return the OpenAPI document as this app really answers: with its models, limits and keys."""
     document = app.openapi()
-    for operations in document["paths"].values():
+    for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI's own; mistakes are 400 here
+            if path in OPEN_PATHS:
+                operation["security"] = []
     schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    if needs_key:
+    bounds = _bounds(settings)
+    for schema in schemas.values():
+        if schema.get("additionalProperties") is False:  # of a request
+            for name in bounds.keys() & schema["properties"].keys():
+                field = schema["properties"][name]
+                field.get("anyOf", [field])[0].update(bounds[name])  # the second is null or empty
+    if settings.api_keys:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
     return document
+
+
+def _bounds(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Return what the options of this server allow in the fields of requests, as JSON Schema says it."""
+    limits = settings.limits
+    chars = {"maxLength": limits.max_prompt_chars}
+    tokens = {"maximum": limits.max_tokens}
+    return {
+        "model": {"enum": list(settings.models)},
+        "prompt": chars,
+        "negative_prompt": chars,
+        "input": chars,
+        "num_inference_steps": {"maximum": limits.max_steps},
+        "num_frames": {"maximum": limits.max_frames},
+        "max_tokens": tokens,
+        "max_completion_tokens": tokens,
+    }
 
 
 def _deploy(name: str, engine: EngineGroup, metrics: Metrics, settings: Settings) -> Deployment:

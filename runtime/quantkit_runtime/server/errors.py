@@ -89,11 +89,15 @@ def add_handlers(app: FastAPI) -> None:
         return _of_validation(error).response()
 
     @app.exception_handler(HTTPException)
-    async def http(_request: Request, error: HTTPException) -> JSONResponse:
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
         if isinstance(error.__cause__, ApiError):  # FastAPI takes whatever ends the reading of a body for damage
             return error.__cause__.response()
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers).response()
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # Starlette tells the methods of the first of a path's routes only
+            operations = request.app.openapi()["paths"].get(getattr(request.scope.get("route"), "path_format", ""))
+            headers["Allow"] = ", ".join(sorted(operations)).upper() if operations else headers["Allow"]
+        return ApiError(error.status_code, str(error.detail), code=code, headers=headers).response()
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
@@ -112,11 +116,7 @@ def _of_validation(error: RequestValidationError) -> ApiError:
         return bad_request(f"{name or 'body'}: required", name, "missing_required_parameter")
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
-    shown = (
-        f", not {given!r}"
-        if isinstance(given, (int, float, bool)) or (isinstance(given, str) and len(given) < 80)
-        else ""
-    )
+    shown = f", not {given!r}" if isinstance(given, (int, float, str)) and len(repr(given)) < 80 else ""
     return bad_request(f"{name or 'body'}: {message}{shown}", name)
 
 

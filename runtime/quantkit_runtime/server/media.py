@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import re
+import warnings
 import wave
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
@@ -35,6 +36,9 @@ SOUND_TYPES = {
 
 _ENCODERS = {"mp3": ("libmp3lame", "mp3"), "flac": ("flac", "flac"), "opus": ("libopus", "ogg")}
 _PICTURES = ("PNG", "JPEG", "WEBP")
+_MAX_SCANS = 256  # of a JPEG; usual ones have ten, and each costs a pass over all pixels however few bytes it has
+# Pillow tells of broken metadata in ever new words, and Python keeps each warning that it has shown.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 _DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w-]+=[\w.-]+)*;base64,", re.ASCII)
 # What the first bytes of a sound say it is; what a request calls it does not count. Only these demuxers are
 # used: others open further files that the data names.
@@ -47,6 +51,11 @@ _SOUNDS = {
     b"\xff\xf3": "mp3",
     b"\xff\xf2": "mp3",
 }
+# WAV and Ogg may hold any codec; only these are opened.
+_CODECS = (
+    *("pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_f64le", "pcm_alaw", "pcm_mulaw"),
+    *("mp3", "mp3float", "flac", "vorbis", "opus", "libopus"),
+)
 
 
 def encode_image(pixels: np.ndarray, form: ImageFormat = "png", quality: int = 90) -> bytes:
@@ -111,6 +120,8 @@ def decode_image(data: bytes, limits: Limits, param: str, max_pixels: int | None
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     _check_bytes(data, limits, param)
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MAX_SCANS:
+        raise bad_request(f"{param}: a JPEG of more than {_MAX_SCANS} scans", param, "invalid_image")
     try:
         with Image.open(io.BytesIO(data), formats=_PICTURES) as picture:
             width, height = picture.size
@@ -149,9 +160,14 @@ def decode_audio(data: bytes, limits: Limits, param: str, max_s: float | None = 
     parts: list[np.ndarray] = []
     left = int((limits.max_audio_s if max_s is None else max_s) * SOUND_RATE)
     try:
-        with av.open(io.BytesIO(data), format=form) as container:
+        allowed = {"codec_whitelist": ",".join(_CODECS)}
+        with av.open(io.BytesIO(data), format=form, options=allowed, metadata_errors="replace") as container:
+            stream = container.streams.audio[0]
+            codec = stream.codec_context.name if stream.codec_context is not None else "unknown"
+            if codec not in _CODECS:
+                raise bad_request(f"{param}: its codec, {codec}, is not read here", param, "invalid_audio")
             resampler = av.AudioResampler(format="flt", layout="mono", rate=SOUND_RATE)
-            frames = container.decode(audio=0)
+            frames = container.decode(stream)
             for frame in frames:
                 for piece in resampler.resample(frame):
                     parts.append(piece.to_ndarray().reshape(-1))

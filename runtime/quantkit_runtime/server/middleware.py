@@ -18,8 +18,16 @@ from quantkit_runtime.server.settings import Settings, is_loopback
 
 log = logging.getLogger(__name__)
 
-FORM_PATHS = frozenset({"/v1/videos", "/v1/videos/sync", "/v1/images/edits"})
+_JSON = ("application/json",)
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+_TAKES = {
+    "/v1/images/generations": _JSON,
+    "/v1/chat/completions": _JSON,
+    "/v1/audio/speech": _JSON,
+    "/v1/images/edits": _FORMS,
+    "/v1/videos": _FORMS,
+    "/v1/videos/sync": _FORMS,
+}
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _QUIET = frozenset({"/health", "/ready", "/metrics"})
 _DEFECT = ApiError(500, "internal error; the server's log says more", code="internal_error")
@@ -83,18 +91,18 @@ class Guard:
             client = address if path in OPEN_PATHS else self._keys.client_of(headers, address)
             scope.setdefault("state", {}).update(client=client, request_id=identity)
             if scope["method"] in ("POST", "PUT", "PATCH"):
-                self._check_body(path, headers)
+                self._check_body(scope["method"], path, headers)
         except ApiError as error:
             return error
         return None
 
-    def _check_body(self, path: str, headers: Headers) -> None:
+    def _check_body(self, method: str, path: str, headers: Headers) -> None:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._max_body_bytes:
             raise self._too_large()
         given = headers.get("content-type", "").partition(";")[0].strip().lower()
-        wanted = _FORMS if path in FORM_PATHS else ("application/json",)
-        if path.startswith("/v1/") and given not in wanted:
+        wanted = _TAKES.get(path) if method == "POST" else None
+        if wanted is not None and given not in wanted:
             raise ApiError(
                 415,
                 f"Content-Type: {wanted[0]} is needed here, not {given or 'nothing'}",

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Seed = Annotated[int, Field(ge=0, le=2**53 - 1)]  # what JSON readers hold exactly
-Size = Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$", description="WIDTHxHEIGHT in pixels")]
+Size = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$", description="WIDTHxHEIGHT in pixels")]
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Prompt = Annotated[str, Field(min_length=1, pattern=r"\S", description="Not empty")]
 
 
 class Strict(BaseModel):
-    """A body without unknown fields."""
+    """A body without unknown fields, and with the types that the OpenAPI names."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @field_validator("*")
+    @classmethod
+    def _is_unicode(cls, value: object) -> object:
+        """Refuse what JSON can write but no answer could repeat: half a surrogate pair."""
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            raise ValueError("holds half a surrogate pair")
+        return value
+
+
+def _describe_form(schema: dict[str, Any]) -> None:
+    """Tell in a form's JSON schema that an empty field counts as left out; a form cannot say null."""
+    for name, field in schema["properties"].items():
+        if name not in schema["required"]:
+            told = {key: field.pop(key) for key in field.keys() - {"title", "description", "default"}}
+            values = [option for option in told.get("anyOf", [told]) if option != {"type": "null"}]
+            field["anyOf"] = [*values, {"const": ""}]
+
+
+class StrictForm(Strict):
+    """A form: its numbers come as text."""
+
+    model_config = ConfigDict(strict=False, arbitrary_types_allowed=True, json_schema_extra=_describe_form)
 
 
 class Sampling(Strict):
@@ -26,8 +49,8 @@ class Sampling(Strict):
     prompt: Prompt
     negative_prompt: str | None = None
     size: Size | None = None
-    width: int | None = Field(None, ge=1, description="Instead of size, with height")
-    height: int | None = Field(None, ge=1)
+    width: int | None = Field(None, ge=1, le=99_999, description="Instead of size, with height")
+    height: int | None = Field(None, ge=1, le=99_999)
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: Scale | None = None
     guidance_scale_2: Scale | None = Field(None, description="Of the second expert, e.g. of Wan2.2 A14B")
@@ -52,18 +75,16 @@ class ImageRequestBody(ImageOptions):
     stream: bool = Field(False, description="Answer with server-sent events: progress, then the pictures")
 
 
-class ImageEditForm(ImageOptions):
+class ImageEditForm(ImageOptions, StrictForm):
     """``POST /v1/images/edits``."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
     image: UploadFile = Field(description="PNG, JPEG or WebP")
     strength: float | None = Field(None, gt=0, le=1)
 
 
-class VideoForm(Sampling):
+class VideoForm(Sampling, StrictForm):
     """``POST /v1/videos`` and ``/v1/videos/sync``."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
     num_frames: int | None = Field(None, ge=1)
     seconds: float | None = Field(None, gt=0, le=3600, allow_inf_nan=False, description="Instead of num_frames")
     fps: int | None = Field(None, ge=1, le=120)

@@ -1,6 +1,7 @@
 """Pictures, videos and sounds, in and out."""
 
 import io
+import struct
 from contextlib import suppress
 
 import av
@@ -69,6 +70,30 @@ def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded():
     with pytest.raises(ApiError) as caught:
         decode_image(bomb, LIMITS, "image")
     assert (caught.value.status, caught.value.code) == (413, "image_too_large")
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_each_costs_a_pass():
+    data = saved("JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    assert decode_image(data[:-2] + scan * 200 + data[-2:], LIMITS, "image").shape == (10, 20, 3)
+    with pytest.raises(ApiError, match="scans"):
+        decode_image(data[:-2] + scan * 300 + data[-2:], LIMITS, "image")
+
+
+def wav(codec=1, title=b""):
+    layout = struct.pack("<HHIIHH", codec, 1, 16_000, 16_000, 1, 8)
+    info = b"LIST" + struct.pack("<I", 12 + len(title)) + b"INFOINAM" + struct.pack("<I", len(title)) + title
+    body = b"WAVEfmt " + struct.pack("<I", 16) + layout + info + b"data" + struct.pack("<I", 2000) + b"\x80" * 2000
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def test_a_title_in_another_encoding_does_not_spoil_a_sound():
+    assert decode_audio(wav(title=b"caf\xe9"), LIMITS, "sound").shape == (2000,)
+
+
+def test_other_codecs_are_not_opened():
+    with pytest.raises(ApiError, match="wmav2"):
+        decode_audio(wav(codec=0x161), LIMITS, "sound")
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_loopback_is_told_from_other_addresses(host, expected):
 
 def test_pages_of_other_sites_are_kept_out(serve):
     client = serve("images")
-    for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}):
+    for headers in ({"Origin": "https://evil.example"}, {"Origin": "http://["}, {"Host": "evil.example"}):
         answer = client.post(serving.IMAGES, json=ONE, headers=headers)
         assert answer.status_code == 403, headers
     own = client.server.url

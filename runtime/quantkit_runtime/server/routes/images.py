@@ -38,7 +38,11 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERRORS)
 
 
-@router.post("/generations", response_model=ImagesResponse)
+@router.post(
+    "/generations",
+    response_model=ImagesResponse,
+    responses={200: {"content": {"text/event-stream": {}}, "description": "The pictures; with stream, events"}},
+)
 async def generate(body: ImageRequestBody, request: Request) -> Any:
     """Draw pictures from a prompt."""
     context = context_of(request)

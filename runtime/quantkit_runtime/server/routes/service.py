@@ -52,7 +52,11 @@ async def ready(request: Request) -> Response:
     return JSONResponse(body.model_dump(), 200 if is_ready else 503)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}, "description": "Counters in Prometheus's text format"}},
+)
 async def metrics(request: Request) -> Response:
     """Answer what Prometheus scrapes."""
     context = context_of(request)

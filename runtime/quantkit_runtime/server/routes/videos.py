@@ -13,7 +13,7 @@ from quantkit_runtime.server.checks import video_request
 from quantkit_runtime.server.media import decode_image, encode_mp4
 from quantkit_runtime.server.protocol import Frames, VideoRequest
 from quantkit_runtime.server.routes.common import ERRORS, client_of, context_of, new_id, owner_of, unless_gone
-from quantkit_runtime.server.schemas import Video, VideoDeleted, VideoError, VideoForm, VideoList
+from quantkit_runtime.server.schemas import ErrorBody, Video, VideoDeleted, VideoError, VideoForm, VideoList
 
 if TYPE_CHECKING:
     from quantkit_runtime.server.deployment import Deployment
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=ERRORS)
 Body = Annotated[VideoForm, Form(media_type="multipart/form-data")]
 _MP4: dict[int | str, dict[str, Any]] = {200: {"content": {"video/mp4": {}}, "description": "The video"}}
+_KEY_REUSED: dict[int | str, dict[str, Any]] = {
+    409: {"model": ErrorBody, "description": "The Idempotency-Key was used for another request"}
+}
+_NOT_COMPLETED: dict[int | str, dict[str, Any]] = {
+    409: {"model": ErrorBody, "description": "The video is not completed"}
+}
 
 
 @router.post("/sync", response_class=Response, responses=_MP4)
@@ -32,7 +38,7 @@ async def generate(body: Body, request: Request) -> Response:
     return await unless_gone(request, _draw(request, body, asked, deployment))
 
 
-@router.post("", response_model=Video)
+@router.post("", response_model=Video, responses=_KEY_REUSED)
 async def create(
     body: Body,
     request: Request,
@@ -77,7 +83,7 @@ async def retrieve(video_id: str, request: Request) -> Video:
     return _video(await jobs.get(video_id, owner_of(request)), jobs)
 
 
-@router.get("/{video_id}/content", response_class=Response, responses=_MP4)
+@router.get("/{video_id}/content", response_class=Response, responses=_MP4 | _NOT_COMPLETED)
 async def content(
     video_id: str, request: Request, variant: Annotated[Literal["video"], Query()] = "video"
 ) -> Response:
