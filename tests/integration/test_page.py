@@ -147,7 +147,10 @@ def test_an_answer_can_be_heard(client):
         assert file.getnframes() > 0
 
 
-def test_a_text_is_read_aloud(client):
-    speech = client.audio.speech.create(model="omni", input="Good day", voice="Chelsie", response_format="wav")
+@pytest.mark.parametrize("seed", [0, 16])  # with 16 this talker's first choice would be the end
+def test_a_text_is_read_aloud(client, seed):
+    speech = client.audio.speech.create(
+        model="omni", input="Good day", voice="Chelsie", response_format="wav", extra_body={"seed": seed}
+    )
     with wave.open(io.BytesIO(speech.read())) as file:
         assert file.getnframes() > 0

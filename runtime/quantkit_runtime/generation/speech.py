@@ -25,6 +25,8 @@ _CODES_PER_TOKEN = (
     32  # speech takes about ten codes for each token of text; a talker that runs away takes any number
 )
 
+_LEAST_CODES = 2  # one that is heard, and the end; without any the models' decoders fail
+
 
 class _NothingToSay(Exception):  # noqa: N818  (no error: the answer is complete without sound)
     """Raised where a text ends that is too short for the talker, which begins with its second token."""
@@ -151,6 +153,7 @@ class Speaker:
                 thinker_logits_processor=[choose],
                 thinker_stopping_criteria=[after_token],
                 talker_stopping_criteria=[after_code],
+                talker_min_new_tokens=_LEAST_CODES,
                 talker_max_new_tokens=self._max_codes,
                 **_talker_ends(model),
             )

@@ -15,8 +15,10 @@ def documents():
     return {one["kind"]: one for one in yaml.safe_load_all(MANIFEST.read_text())}
 
 
-def test_the_arguments_are_the_servers_own(documents, tmp_path):
+def test_the_arguments_are_the_servers_own(documents, tmp_path, monkeypatch):
     options = pytest.importorskip("quantkit_runtime.server.options")
+    # The manifest's machine has an accelerator.
+    monkeypatch.setattr("quantkit_runtime.load.available_device", lambda device: device)
     key = tmp_path / "key"
     key.write_text("secret\n")
     (container,) = documents["Deployment"]["spec"]["template"]["spec"]["containers"]
