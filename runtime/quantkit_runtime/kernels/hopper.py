@@ -67,7 +67,7 @@ def _minus(zero_ptrs, ASYM: gl.constexpr, dtype: gl.constexpr, BN: gl.constexpr,
     ones: gl.constexpr = 128 if dtype == gl.bfloat16 else 1024
     if ASYM:
         return -(ones + gl.load(zero_ptrs).to(gl.float32)).to(dtype)[:, None]
-    else:  # noqa: RET505
+    else:  # noqa: RET505  (as above)
         return gl.full([BN, 1], -(ones + 8), dtype, layout)
 
 

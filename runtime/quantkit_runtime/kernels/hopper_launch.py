@@ -69,7 +69,7 @@ def fits(in_features: int, out_features: int, group: int) -> bool:
 
 def multiply(
     x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, counters: Tensor,
-    group: int,
+    group: int, multiprocessors: int,
 ) -> Tensor:  # fmt: skip
     """Multiply rows with packed weights.
 
@@ -81,12 +81,13 @@ def multiply(
         bias: (N,) or None.
         counters: int32, all 0.
         group: Input features per group; 0 if a group is a whole row of the weight.
+        multiprocessors: Of the device.
 
     Returns:
         (M, N).
     """
     rows, out_features = x.shape[0], tiles.shape[1]
-    block, split = _plan(rows, out_features, tiles.shape[0], counters.numel(), _multiprocessors(x.device))
+    block, split = _plan(rows, out_features, tiles.shape[0], counters.numel(), multiprocessors)
     blocks, parts = -(-rows // block), -(-out_features // PART)
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     partial = out if split == 1 else torch.empty(split * blocks * parts * block * PART, device=x.device)
@@ -180,8 +181,3 @@ def _plan(rows: int, out_features: int, tiles: int, counters: int, multiprocesso
             adding_up_us = 0.0 if shares == 1 else 1.0 + shares * (0.5 + rows * out_features / _ADDED_PER_US)
             best = min(best, (rounds * share * shape.tile_us + adding_up_us, block, shares))
     return best[1:]
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -82,7 +82,7 @@ def multiply(
         and hopper_launch.runs_on(x.device)
         and hopper_launch.fits(in_features, out_features, group)
     ):
-        return hopper_launch.multiply(x, tiles, scales, zeros, bias, counters, group)
+        return hopper_launch.multiply(x, tiles, scales, zeros, bias, counters, group, _multiprocessors(x.device))
     block = min(max(triton.next_power_of_2(rows), 8), MAX_BLOCK_ROWS)
     shape = _SHAPES[block]
     blocks, parts = triton.cdiv(rows, block), triton.cdiv(out_features, PART)

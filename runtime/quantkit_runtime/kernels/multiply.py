@@ -60,7 +60,7 @@ def _slice(words, POSITION: tl.constexpr, dtype: tl.constexpr, ASYM: tl.constexp
             return tl.inline_asm_elementwise(
                 _FP16_ASYM[POSITION] if ASYM else _FP16_SYM[POSITION], "=r,r,r", [words], tl.float16, True, 2
             )
-        else:  # noqa: RET505
+        else:  # noqa: RET505  (as above)
             code = ((words >> (4 * POSITION)) & 0xF).to(tl.int16) | 0x6400
             return code.to(tl.float16, bitcast=True) - (1024 if ASYM else 1032)
 

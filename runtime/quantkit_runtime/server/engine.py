@@ -234,7 +234,7 @@ class Engine:
             return
         for event in events:
             if isinstance(event, Finished):
-                event = dataclasses.replace(event, peak_memory_bytes=_peak_memory_bytes())  # noqa: PLW2901
+                event = dataclasses.replace(event, peak_memory_bytes=_peak_memory_bytes())  # noqa: PLW2901  (the model does not know it)
             self._send(event)
             if isinstance(event, (Finished, Failed)):
                 self._streaming.pop(event.id, None)
