@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -96,6 +97,7 @@ def random_model(*, seed: int = 0):
         BagelConfig(
             text=pick(TextConfig, LLM_CONFIG),
             vision=pick(VisionConfig, VIT_CONFIG),
+            latent_patch_size=2,
             latent_dim=64,
             latent_positions=16,
             image_positions=16,
@@ -108,6 +110,49 @@ def random_model(*, seed: int = 0):
             elif name.endswith("pos_embed"):
                 parameter.normal_()
     return model.eval()
+
+
+def random_vae(*, seed: int = 0):
+    """Return a random autoencoder of FLUX's kind in float32, 32 channels wide."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    levels = 4
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=[32] * levels,
+        layers_per_block=1,
+        latent_channels=16,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def as_published(state):
+    """Rename the tensors of diffusers' autoencoder to those of ``ae.safetensors``."""
+    names = (
+        (r"^encoder\.down_blocks\.(\d)\.resnets", r"encoder.down.\1.block"),
+        (r"^encoder\.down_blocks\.(\d)\.downsamplers\.0", r"encoder.down.\1.downsample"),
+        (r"^decoder\.up_blocks\.(\d)\.resnets", lambda found: f"decoder.up.{3 - int(found[1])}.block"),
+        (r"^decoder\.up_blocks\.(\d)\.upsamplers\.0", lambda found: f"decoder.up.{3 - int(found[1])}.upsample"),
+        (r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}"),
+        (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+        (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+        (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+        (r"conv_norm_out", "norm_out"),
+        (r"conv_shortcut", "nin_shortcut"),
+    )
+    renamed = {}
+    for theirs, tensor in state.items():
+        name = theirs
+        is_attention = ".attentions." in name and name.endswith("weight") and tensor.ndim == 2
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor[:, :, None, None].contiguous() if is_attention else tensor
+    return renamed
 
 
 def qwen3(model, *, expert: str = ""):
@@ -164,12 +209,7 @@ def build_bagel(folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int 
     write_configs(folder)
     (folder / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor"}\n')
     model = random_model(seed=seed).to(dtype)
-    vae = {
-        "encoder.conv_in.weight": torch.randn(8, 3, 3, 3),
-        "encoder.conv_in.bias": torch.randn(8),
-        "decoder.conv_in.weight": torch.randn(8, 16, 3, 3),
-        "decoder.conv_in.bias": torch.randn(8),
-    }
+    vae = as_published({name: tensor.to(dtype) for name, tensor in random_vae(seed=seed).state_dict().items()})
     save_file(model.state_dict(), folder / "ema.safetensors", metadata={"format": "pt"})
     save_file(vae, folder / "ae.safetensors", metadata={"format": "pt"})
     if indexed:

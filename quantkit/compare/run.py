@@ -57,11 +57,10 @@ def compare(
     check_names(thresholds, kind.metrics(), source)
     shots = request.shots()
     reference, candidate = open_model(request.reference), open_model(request.candidate)
-    family = detect(reference)
-    if family.task != request.task:
-        raise UnsupportedModelError(
-            f"{request.reference}: task {request.task}: the family {family.name} does {family.task}"
-        )
+    try:
+        family = detect(reference).for_task(request.task)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{request.reference}: {error}") from error
     check_same_architecture(reference, candidate)
     sampling = family.sampling_for(*request.sampling)
     family.check_sizes(reference, sampling, given_in(request.sampling))

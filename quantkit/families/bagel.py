@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Component, read_json
-from quantkit.errors import CheckpointError, UnsupportedModelError
-from quantkit.families.base import Linear
+from quantkit.checkpoint import Component, ModelFolder, read_json
+from quantkit.errors import CheckpointError, RecipeError, UnsupportedModelError
+from quantkit.families.base import DiffusionFamily, Family, Linear, read_image
 from quantkit.families.language import LanguageFamily, bare_model
 from quantkit.families.serving import LANGUAGE_MODEL
+from quantkit.families.sizes import Grid
 from quantkit.recipe.prompts import Prompt
-from quantkit.recipe.schema import Sampling
+from quantkit.recipe.schema import Sampling, Task
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class BagelFamily(LanguageFamily):
     """The family of BAGEL, whose class is `quantkit_runtime.models.bagel.Bagel`."""
+
+    def for_task(self, task: Task) -> Family:
+        """Return what answers, or what draws, see `Family.for_task`."""
+        if task == DRAWING.task:
+            return DRAWING
+        if task != self.task:
+            raise UnsupportedModelError(f"task {task}: the family {self.name} does {self.task} and {DRAWING.task}")
+        return self
 
     def build(self, component: Component) -> torch.nn.Module:
         """Build all but the VAE, see `quantkit.families.base.Family.build`."""
@@ -52,12 +62,22 @@ class BagelFamily(LanguageFamily):
         """Return that of the decoder, see `LanguageFamily.text_config`."""
         return read_json(component.folder / "llm_config.json")
 
-    def writer(self, model: Any) -> Any:
-        """Refuse: nothing here writes with BAGEL yet."""
-        del model
-        raise UnsupportedModelError(
-            f"{self.name}: its answers cannot be compared yet; quantkit verify --source compares the weights"
-        )
+    def load_processor(self, folder: Path) -> Any:
+        """Load what joins texts and pictures, see `LanguageFamily.load_processor`."""
+        from quantkit_runtime.errors import CheckpointFormatError
+        from quantkit_runtime.models.bagel_processor import BagelProcessor
+
+        try:
+            return BagelProcessor(folder)
+        except CheckpointFormatError as error:
+            raise CheckpointError(str(error)) from error
+
+    def ask(self, processor: Any, prompt: Prompt) -> Any:
+        """Put the picture in front of the text, see `LanguageFamily.ask`."""
+        if prompt.audio is not None:
+            raise RecipeError(f"prompts: {self.name} cannot hear, and '{prompt.text}' comes with a sound")
+        pictures = [] if prompt.image is None else [read_image(prompt.image)]
+        return processor([*pictures, prompt.text])
 
     def text_model(self, model: Any) -> torch.nn.Module:
         """Return the decoder, see `LanguageFamily.text_model`."""
@@ -70,16 +90,35 @@ class BagelFamily(LanguageFamily):
         """Put a text between BAGEL's marks of begin and end, see `LanguageFamily.tokenize`."""
         import torch
 
-        begin, end = processor.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-        tokens = processor(sample.text, add_special_tokens=False, truncation=True, max_length=max_tokens - 2)
-        return {"input_ids": torch.tensor([[begin, *tokens["input_ids"], end]])}
+        begin, end, *_ = processor.marks
+        tokens = processor.tokenizer.encode(
+            sample.text, add_special_tokens=False, truncation=True, max_length=max_tokens - 2
+        )
+        return {"input_ids": torch.tensor([[begin, *tokens, end]])}
 
 
 BAGEL = BagelFamily(
     name="bagel",
     task="chat",
     blocks={"model": ("language_model.model.layers",)},
-    sampling=Sampling(),
+    sampling=Sampling(max_new_tokens=128),
     vllm_omni=replace(LANGUAGE_MODEL, unvalidated="its quantized BAGEL has not been validated upstream"),
     foreign=("encoder.", "decoder."),  # the VAE, as its authors published it
+)
+
+
+def _grid(source: ModelFolder) -> Grid:
+    """Return the sizes that BAGEL draws: its VAE's pixels per latent, times the latents of a token."""
+    config = source.config
+    return Grid(
+        int((config.get("vae_config") or {}).get("downsample", 8)) * int(config.get("latent_patch_size", 2))
+    )
+
+
+DRAWING = DiffusionFamily(
+    name=BAGEL.name,
+    task="t2i",
+    blocks={},  # `BAGEL` says what is quantized
+    sampling=Sampling(height=1024, width=1024, num_inference_steps=49, guidance_scale=4.0),
+    grid=_grid,
 )

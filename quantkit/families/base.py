@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Component, ModelFolder
-from quantkit.errors import CheckpointError, MissingExtraError, RecipeError
+from quantkit.errors import CheckpointError, MissingExtraError, RecipeError, UnsupportedModelError
 from quantkit.families.serving import LANGUAGE_MODEL, VllmOmni
 from quantkit.families.sizes import Grid, check_grid
 from quantkit.recipe.prompts import Prompt, read_prompts
@@ -99,6 +99,16 @@ class Family(ABC):
     guidance: str | None = None
     several_devices: bool = False
     vllm_omni: VllmOmni | None = None
+
+    def for_task(self, task: Task) -> Family:
+        """Return the family as which its models do a task; most do but one.
+
+        Raises:
+            UnsupportedModelError: They do not do it.
+        """
+        if task != self.task:
+            raise UnsupportedModelError(f"task {task}: the family {self.name} does {self.task}")
+        return self
 
     def engine_of(self, component: Component) -> VllmOmni | None:
         """Return how vLLM-Omni names and shards the Linears of a component; None if that is not known."""

@@ -183,10 +183,6 @@ class LanguageFamily(Family):
             return_tensors="pt",
         )
 
-    def writer(self, model: Any) -> Any:
-        """Return the module of a model that writes text: it has ``generate``, and its forward gives logits."""
-        return model
-
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
         """Load the model, see `Family.load`."""
         from quantkit_runtime import load_model

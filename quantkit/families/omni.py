@@ -79,10 +79,6 @@ class OmniFamily(LanguageFamily):
         """Put text and picture into one message of the user's, see `LanguageFamily.ask`."""
         return _read(processor, [user_message(prompt)], answer=True)[0]
 
-    def writer(self, model: Any) -> Any:
-        """Return the thinker, see `LanguageFamily.writer`."""
-        return model.thinker
-
 
 def _read(processor: Any, conversation: Conversation, *, answer: bool) -> tuple[Any, list[str]]:
     """Return the thinker's inputs for a conversation and the files in it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from quantkit.families.registry import detect, get_family
 from quantkit.families.sizes import check_extent, given_in
 from quantkit.generate.media import check_video_encoder
 from quantkit.recipe.prompts import Prompt
-from quantkit.recipe.schema import Sampling
+from quantkit.recipe.schema import Sampling, Task
 from quantkit.staging import stage
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -71,6 +72,7 @@ class Job:
     Attributes:
         request: What was asked for.
         family: Name of the model's family.
+        task: What it does.
         seed: Of the noise.
         sampling: Complete.
         ranks: Processes that run it together.
@@ -78,6 +80,7 @@ class Job:
 
     request: Request
     family: str
+    task: Task
     seed: int
     sampling: Sampling
     ranks: int
@@ -85,7 +88,7 @@ class Job:
     @property
     def call_kwargs(self) -> dict[str, Any]:
         """Sampling as arguments of the model's call."""
-        return get_family(self.family).call_kwargs(self.sampling)
+        return get_family(self.family).for_task(self.task).call_kwargs(self.sampling)
 
     def output_of(self, replica: int) -> Path | None:
         """Return what a replica writes; that is the output where there is but one."""
@@ -109,6 +112,9 @@ def prepare(request: Request) -> Job:
         raise RecipeError("--prompt: is empty")
     model = open_model(request.model)
     family = detect(model)
+    if request.output is not None and request.output.suffix.lower() in IMAGE_SUFFIXES:
+        with suppress(UnsupportedModelError):  # then the suffix is wrong, which is said below
+            family = family.for_task("t2i")
     sampling = family.sampling_for(*request.sampling)
     family.check_sizes(model, sampling, given_in(request.sampling))
     if not request.any_size:
@@ -127,7 +133,7 @@ def prepare(request: Request) -> Job:
     if request.replicas > 1 and family.task == "chat":
         raise UnsupportedModelError(f"--replicas: {family.name} answers the same with every seed; leave it out")
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
-    job = Job(request, family.name, seed, sampling, ranks)
+    job = Job(request, family.name, family.task, seed, sampling, ranks)
     for replica in range(request.replicas):
         _check_output(request, job.output_of(replica), family.task, sampling)
     return job

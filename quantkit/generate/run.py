@@ -61,7 +61,7 @@ def run(job: Job, on_step: StepCallback | None = None) -> Made | None:
     """
     import torch
 
-    family = get_family(job.family)
+    family = get_family(job.family).for_task(job.task)
     try:
         with _ranks(job) as (seed, replica, device, mesh):
             is_first = mesh is None or mesh.get_rank() == 0
@@ -165,9 +165,10 @@ def _parallel_call(pipeline: Any, mesh: Any) -> Any:
 def _answer(
     job: Job, family: LanguageFamily, device: torch.device, mesh: Any, on_step: StepCallback | None
 ) -> Made:
-    import torch
-
     from quantkit_runtime import load_model
+    from quantkit_runtime.generation.batch import write_greedily
+    from quantkit_runtime.generation.text import tokenizer_of
+    from quantkit_runtime.generation.writer import writer_of
 
     model = load_model(
         job.request.model,
@@ -177,25 +178,21 @@ def _answer(
         backend=job.request.backend,
         tensor_parallel=None if mesh is None else mesh["tensor"],
     )
-    writer, processor = family.writer(model), family.load_processor(job.request.model)
-    inputs = family.ask(processor, job.request.prompt).to(device)
-    limit, count = int(job.call_kwargs["max_new_tokens"]), 0
-
-    def count_token(input_ids: torch.Tensor, _scores: Any, **_kwargs: Any) -> torch.Tensor:
-        nonlocal count
-        count += 1
+    processor = family.load_processor(job.request.model)
+    inputs, tokenizer = family.ask(processor, job.request.prompt), tokenizer_of(processor)
+    limit, count, text = int(job.call_kwargs["max_new_tokens"]), 0, ""
+    began = time.perf_counter()
+    try:
+        pieces = write_greedily(writer_of(model, tokenizer), tokenizer, inputs, limit)
+    except ValueError as error:
+        raise RecipeError(f"--max-new-tokens: {error}") from error
+    for count, piece in enumerate(pieces, 1):
+        if piece.failure is not None:
+            raise CheckpointError(f"{job.request.model}: {piece.failure} (NaN or infinity)")
+        text += piece.text
         if on_step is not None:
             on_step(count, limit)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    began = time.perf_counter()
-    with torch.inference_mode():
-        written = writer.generate(
-            **inputs, **job.call_kwargs, do_sample=False, num_beams=1, stopping_criteria=[count_token]
-        )
-    seconds = time.perf_counter() - began
-    text = processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return Made(text, None, job.seed, count, seconds)
+    return Made(text, None, job.seed, count, time.perf_counter() - began)
 
 
 def _write_frames(path: Path, frames: np.ndarray, family: DiffusionFamily) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def load_pipeline(
     """Load a diffusers pipeline whose components may be packed.
 
     Args:
-        path: A local folder with ``model_index.json``, or a hub id.
+        path: A local folder with ``model_index.json``, that of a BAGEL, or a hub id.
         device: Where to run, e.g. ``"cpu"`` or ``"cuda:1"``.
         dtype: For all floating weights that are not packed, except those a model class keeps in float32.
         compute: ``"16bit"``, ``"fp8"`` or ``"auto"``, which is ``"16bit"``.
@@ -70,6 +71,13 @@ def load_pipeline(
     target = available_device(device)
     folder = local_folder(path)
     index_path = folder / "model_index.json"
+    if (folder / "config.json").is_file() and is_own(read_json(folder / "config.json")):
+        # The one model of which this package has the pipeline, too.
+        make = import_module("quantkit_runtime.models.bagel_pipeline").make_pipeline
+        model = load_model(
+            folder, device=target, dtype=dtype, compute=compute, backend=backend, tensor_parallel=tensor_parallel
+        )
+        return _ready(make(folder, model, dtype), target, compile=compile)
     if not index_path.is_file():
         raise CheckpointFormatError(f"{index_path}: missing; give the root folder of a diffusers pipeline")
     diffusers = import_optional("diffusers")
@@ -109,9 +117,13 @@ def load_pipeline(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, **packed
         )
     assert all(getattr(pipeline, name) is model for name, model in packed.items())
-    pipeline.to(target)
     if type(pipeline).__name__ == "GlmImagePipeline":
         split_pictures(pipeline.vision_language_encoder)
+    return _ready(pipeline, target, compile=compile)
+
+
+def _ready(pipeline: Any, device: torch.device, *, compile: bool) -> Any:  # noqa: A002  (as above)
+    pipeline.to(device)
     if compile:
         compile_pipeline(pipeline)
     return pipeline

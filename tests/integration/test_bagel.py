@@ -1,28 +1,37 @@
 """BAGEL from a 16-bit folder to a packed model that runs."""
 
+import base64
 import json
 import shutil
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import openai
 import pytest
+import serving
 import tiny_bagel
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from quantkit.checkpoint import open_model
-from quantkit.cli.main import app
+from quantkit.cli.main import app, main
 from quantkit.errors import CheckpointError
 from quantkit.quantize import tuning
 from quantkit.quantize.run import prepare, quantize
 from quantkit.quantize.verify import verify
 from quantkit.recipe import load_recipe
-from quantkit_runtime import load_model
+from quantkit_runtime import load_model, load_pipeline
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.format import dequantize, pack
 from quantkit_runtime.linear import W4A16Linear
 from quantkit_runtime.rounding import quantize_rtn
+from quantkit_runtime.server.protocol import ModelSpec
+from quantkit_runtime.server.settings import Settings
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "bagel.yaml"
 BLOCKS = "language_model.model.layers"
@@ -45,6 +54,14 @@ TEXTS = ["what is on the left", "draw a red circle on the right", "a black squar
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return tiny_bagel.build_bagel(tmp_path_factory.mktemp("models") / "tiny-bagel")
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 56, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +296,101 @@ def test_a_missing_or_foreign_configuration_is_named(source, tmp_path):
     (folder / "llm_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"llm_config\.json: cannot be read"):
         prepare(load_recipe(RECIPE), folder)
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Run ``quantkit``: ``code, standard output = command(...)``."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["quantkit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code or 0, capfd.readouterr().out
+
+    return run
+
+
+def test_a_packed_model_answers_on_the_command_line(rounded, picture, command):
+    options = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "6"]
+    for more in ([], ["--image", picture]):
+        code, answer = command("generate", rounded, "--prompt", "what is on the left", *more, *options)
+        assert code == 0
+        assert answer.strip()
+
+
+def test_a_packed_model_draws_on_the_command_line_what_the_pipeline_draws(rounded, tmp_path, command, shows):
+    output = tmp_path / "drawn.png"
+    options = ["--height", "32", "--width", "32", "--num-inference-steps", "3", "--seed", "4", "--device", "cpu"]
+    code, _ = command("generate", rounded, "--prompt", "draw a red circle", "--output", output, *options)
+    assert code == 0
+    pipeline = load_pipeline(rounded)
+    expected = pipeline("draw a red circle", 32, 32, 3, generator=torch.Generator().manual_seed(4)).images[0]
+    assert np.array_equal(np.asarray(Image.open(output)), np.asarray(expected))
+    shows("bagel", "generate")
+
+
+def test_sizes_that_it_does_not_draw_are_refused_before_it_is_loaded(rounded, tmp_path, command):
+    code, _ = command("generate", rounded, "--prompt", "x", "--output", tmp_path / "x.png", "--height", "40")
+    assert code == 2
+    code, _ = command("generate", rounded, "--prompt", "x", "--output", tmp_path / "x.mp4")
+    assert code == 2
+
+
+def test_a_packed_model_is_compared_by_its_answers_and_by_its_pictures(source, rounded, tmp_path, command, shows):
+    both = ["--reference", source, "--candidate", rounded, "--device", "cpu"]
+    code, _ = command("compare", "--task", "chat", *both, "--prompt", "what is on the left", "--output",
+                      tmp_path / "chat", "--max-new-tokens", "8")  # fmt: skip
+    assert code == 0
+    answers = json.loads((tmp_path / "chat" / "result.json").read_text())
+    assert 0 < answers["metrics"]["token_kl"]["value"] < 1
+    code, _ = command("compare", "--task", "t2i", *both, "--prompt", "draw a red circle", "--height", "32",
+                      "--width", "32", "--num-inference-steps", "4", "--output", tmp_path / "t2i")  # fmt: skip
+    assert code == 0
+    pictures = json.loads((tmp_path / "t2i" / "result.json").read_text())
+    assert 0 < pictures["metrics"]["latent_rel_l2"]["value"] < 0.5
+    assert len(pictures["items"][0]["curves"]["latent_rel_l2"]) == 4
+    shows("bagel", "compare")
+
+
+def test_an_answer_and_a_picture_come_from_one_server_at_the_same_time(rounded, picture, tmp_path):
+    settings = Settings(
+        models={"bagel": ModelSpec(path=str(rounded), dtype="float32")},
+        port=0,
+        state_dir=tmp_path,
+        log_format="text",
+    )
+    encoded = base64.b64encode(Path(picture).read_bytes()).decode()
+    content = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}},
+        {"type": "text", "text": "what is on the left"},
+    ]
+    draw = {"prompt": "draw a red circle", "size": "32x32", "extra_body": {"num_inference_steps": 8, "seed": 4}}
+    with (
+        serving.running(settings) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+
+        def ask(tokens=20):
+            answer = client.chat.completions.create(
+                model="bagel", messages=[{"role": "user", "content": content}], max_tokens=tokens, temperature=0
+            )
+            # 8 patches in 2 marks, 5 words in 2 marks, and the mark that begins the answer.
+            assert answer.usage.prompt_tokens == 8 + 2 + 5 + 2 + 1
+            return answer.choices[0].message.content
+
+        def drawn():
+            return client.images.generate(model="bagel", **draw).data[0].b64_json
+
+        answer, image = ask(), drawn()
+        assert answer
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(ask) for _ in range(2)]
+            made = [pool.submit(drawn) for _ in range(2)]
+            assert [one.result() for one in made] == [image] * 2
+            assert [one.result() for one in asked] == [answer] * 2
+        with pytest.raises(openai.BadRequestError, match="multiples of 16"):
+            client.images.generate(model="bagel", prompt="x", size="40x32")
+        with pytest.raises(openai.BadRequestError, match="up to 64"):
+            client.images.generate(model="bagel", prompt="x", size="80x32")
+        assert drawn() == image

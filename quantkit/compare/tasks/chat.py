@@ -6,9 +6,8 @@ reference's answer, and its prediction of every next token is held against the r
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import numpy as np
 from quantkit.compare.result import AnswerOutput
 from quantkit.compare.shots import StepCallback
 from quantkit.compare.tasks.base import Context, Score, Task, load_with
+from quantkit.errors import RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,7 @@ class Answer:
         logits: (tokens of the reference's answer, vocabulary), on the CPU in the model's own dtype.
         step_ms: Milliseconds of every token written but the first.
         total_s: Seconds of writing; reading is not in it.
+        failure: Why it stopped writing; None if all is well.
     """
 
     tokens: tuple[int, ...]
@@ -55,6 +56,7 @@ class Answer:
     logits: torch.Tensor
     step_ms: tuple[float, ...]
     total_s: float
+    failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,28 +88,44 @@ class Chat(Task[Answer]):
         """Write an answer, then read the reference's (its own, if there is none yet)."""
         import torch
 
-        shot = self.context.shots[index]
-        family = self.context.family
-        generator = family.writer(model.model)
-        inputs = family.ask(model.processor, shot.prompt).to(self.context.device)
-        count = inputs["input_ids"].shape[1]
-        clock = _Clock(self.context.synchronize, on_step, int(self.context.call_kwargs["max_new_tokens"]))
-        started = time.perf_counter()
+        from quantkit_runtime.generation.batch import write_greedily
+        from quantkit_runtime.generation.text import tokenizer_of
+        from quantkit_runtime.generation.writer import writer_of
+
+        tokenizer = tokenizer_of(model.processor)
+        writer = writer_of(model.model, tokenizer)
+        inputs = self.context.family.ask(model.processor, self.context.shots[index].prompt)
+        limit = int(self.context.call_kwargs["max_new_tokens"])
+        tokens: list[int] = []
+        step_ms: list[float] = []
+        failure: str | None = None
+        started = last = time.perf_counter()
+        try:
+            pieces = write_greedily(writer, tokenizer, inputs, limit)
+        except ValueError as error:
+            raise RecipeError(f"sampling.max_new_tokens: {error}") from error
+        for piece in pieces:
+            self.context.synchronize()
+            now = time.perf_counter()
+            if piece.failure is not None:
+                failure = f"{piece.failure} after {len(tokens)} tokens of its answer"
+                break
+            if tokens:
+                step_ms.append((now - last) * 1e3)
+            tokens.append(piece.token)
+            on_step(len(tokens), limit)
+            last = time.perf_counter()
+        total_s = time.perf_counter() - started
+        kept = self._kept.get(index)
         with torch.inference_mode():
-            written = generator.generate(
-                **inputs, **self.context.call_kwargs, do_sample=False, num_beams=1, stopping_criteria=[clock]
-            )
-            total_s = time.perf_counter() - started
-            tokens = tuple(written[0, count:].tolist())
-            kept = self._kept.get(index)
-            logits = _predictions(generator, inputs, kept.tokens if kept is not None else tokens)
-        return Answer(tokens, _pieces(model.processor, tokens), logits, tuple(clock.step_ms), total_s)
+            logits = writer.predict(inputs, kept.tokens if kept is not None else tokens or [0]).cpu()
+        return Answer(tuple(tokens), _pieces(model.processor, tokens), logits, tuple(step_ms), total_s, failure)
 
     def failure(self, recording: Answer) -> str | None:
-        """Name the first token whose prediction is not finite."""
+        """Name the first token whose prediction is not finite, or say why it stopped writing."""
         finite = recording.logits.isfinite().all(dim=1)
         if bool(finite.all()):
-            return None
+            return recording.failure
         return f"its logits are not finite from token {int(finite.int().argmin()) + 1} of {len(finite)} on"
 
     def keep(self, index: int, recording: Answer) -> None:
@@ -154,48 +172,6 @@ class Chat(Task[Answer]):
 
     def _logits_file(self, index: int) -> Path:
         return self.context.work / f"logits{index:04d}.safetensors"
-
-
-class _Clock:
-    """A stopping criterion of transformers' generation that never stops it, but times every token."""
-
-    def __init__(self, synchronize: Callable[[], None], on_step: StepCallback, limit: int) -> None:
-        self._synchronize = synchronize
-        self._on_step = on_step
-        self._limit = limit
-        self._count = 0
-        self._last = 0.0
-        self.step_ms: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, _scores: Any, **_kwargs: Any) -> torch.Tensor:
-        import torch
-
-        self._synchronize()
-        now = time.perf_counter()
-        if self._count:
-            self.step_ms.append((now - self._last) * 1e3)
-        self._count += 1
-        self._on_step(self._count, self._limit)
-        self._last = time.perf_counter()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def _predictions(model: Any, inputs: Any, answer: Sequence[int]) -> torch.Tensor:
-    """Return the logits (len(answer), vocabulary) from which each token of the answer would be chosen."""
-    import torch
-
-    prompt = inputs["input_ids"]
-    # The last token of the answer predicts what follows it, which is of no interest.
-    read = torch.tensor([answer[:-1]], dtype=prompt.dtype, device=prompt.device)
-    longer = dict(inputs)
-    longer["input_ids"] = torch.cat([prompt, read], dim=1)
-    if "attention_mask" in longer:
-        mask = longer["attention_mask"]
-        longer["attention_mask"] = torch.cat([mask, mask.new_ones(read.shape)], dim=1)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        longer["logits_to_keep"] = len(answer)
-    logits: torch.Tensor = model(**longer, use_cache=False).logits
-    return logits[0, -len(answer) :].cpu()
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,17 @@ forward, and the batch is kept here, the same for every model.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from quantkit_runtime.errors import CheckpointFormatError
 from quantkit_runtime.generation.cache import SlotCache
 from quantkit_runtime.generation.sampling import Sampler, SamplingParams
 from quantkit_runtime.generation.text import TextStream
-from quantkit_runtime.optional import import_optional
+from quantkit_runtime.generation.writer import Inputs, Writer
 
 FinishReason = Literal["stop", "length"]
 
@@ -51,7 +50,7 @@ class Piece:
 @dataclass
 class _Answer:
     key: str
-    inputs: Mapping[str, Tensor]
+    inputs: Inputs
     params: SamplingParams
     sampler: Sampler
     stream: TextStream
@@ -73,49 +72,40 @@ class Batch:
     costs the throughput of batching.
 
     Args:
-        writer: A transformers model that writes text, in evaluation mode; of omni models, the thinker.
+        writer: From `writer_of`.
         tokenizer: Of the model.
         max_batch: Answers that are written at once.
         exact: Whether answers must not depend on what is written beside them, not even in rounding.
-
-    Attributes:
-        max_context: Tokens that prompt and answer may have together.
     """
 
-    def __init__(self, writer: Any, tokenizer: Any, *, max_batch: int = 8, exact: bool = False) -> None:
+    def __init__(self, writer: Writer, tokenizer: Any, *, max_batch: int = 8, exact: bool = False) -> None:
         self._writer = writer
         self._tokenizer = tokenizer
         self._max_batch = max_batch
         self._exact = exact
-        self._reader = getattr(writer, writer.base_model_prefix)
-        self._decoder = writer.get_decoder()
-        self._head = writer.get_output_embeddings()
-        self._adds_masks = _adds_masks(self._decoder.config)
-        self._ends = end_tokens(writer, tokenizer)
         self._waiting: deque[_Answer] = deque()
         self._running: list[_Answer] = []  # in the order of the cache's rows
         self._cache = SlotCache()
-        self.max_context = _max_context(writer)
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._running)
 
-    def add(self, key: str, inputs: Mapping[str, Tensor], params: SamplingParams) -> None:
+    def add(self, key: str, inputs: Inputs, params: SamplingParams) -> None:
         """Take an answer that is to be written.
 
         Args:
             key: Names it in `Piece` and for `cancel`.
-            inputs: The processor's, a batch of one, with ``input_ids`` (1, tokens).
+            inputs: The prompt.
             params: How it is written.
 
         Raises:
             ValueError: If prompt and ``max_tokens`` do not fit into the model's context.
         """
         prompt = tuple(inputs["input_ids"][0].tolist())
-        if len(prompt) + params.max_tokens > self.max_context:
+        if len(prompt) + params.max_tokens > self._writer.max_context:
             raise ValueError(
                 f"the prompt's {len(prompt)} tokens and max_tokens={params.max_tokens} are more than the model's "
-                f"context of {self.max_context}"
+                f"context of {self._writer.max_context}"
             )
         stream = TextStream(self._tokenizer, params.stop)
         self._waiting.append(_Answer(key, inputs, params, Sampler(params, prompt), stream))
@@ -149,16 +139,11 @@ class Batch:
 
     def _read(self, answer: _Answer) -> Piece:
         """Read a prompt and write the first token."""
-        device = self._head.weight.device
-        inputs = {name: value.to(device) for name, value in answer.inputs.items()}
-        cache = import_optional("transformers").DynamicCache(config=self._decoder.config)
-        hidden_1TH = self._reader(**inputs, past_key_values=cache, use_cache=True).last_hidden_state  # noqa: N806  (shape suffix)
-        shift = getattr(self._reader, "rope_deltas", None)  # an image has fewer positions than tokens
-        answer.position_shift = 0 if shift is None else int(shift.reshape(-1)[0])
-        answer.inputs = {}
-        piece = self._take(answer, self._head(hidden_1TH[:, -1:])[0, -1])
+        read = self._writer.read(answer.inputs)
+        answer.position_shift, answer.inputs = read.position_shift, {}
+        piece = self._take(answer, read.logits_V)
         if not piece.is_last:
-            self._cache.append(cache)
+            self._cache.append(read.cache)
             self._running.append(answer)
         return piece
 
@@ -179,18 +164,8 @@ class Batch:
         device = positions.device
         tokens = torch.tensor([[answer.token] for answer in answers], device=device)
         shifts = torch.tensor([[answer.position_shift] for answer in answers], device=device)
-        if self._adds_masks:
-            lowest = torch.finfo(self._head.weight.dtype).min
-            mask = torch.zeros_like(mask, dtype=self._head.weight.dtype).masked_fill(~mask, lowest)
-        hidden_B1H = self._decoder(  # noqa: N806  (shape suffix)
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions + shifts,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
+        logits_BV = self._writer.write(tokens, positions + shifts, mask, self._cache)  # noqa: N806  (shape suffix)
         self._cache.end_step()
-        logits_BV: Tensor = self._head(hidden_B1H)[:, -1]  # noqa: N806  (shape suffix)
         return logits_BV
 
     def _take(self, answer: _Answer, logits_V: Tensor) -> Piece:  # noqa: N803  (shape suffix)
@@ -198,7 +173,7 @@ class Batch:
             return Piece(answer.key, -1, "", None, failure="the model's logits are not finite")
         answer.token = answer.sampler.choose(logits_V)
         answer.count += 1
-        ended = answer.token in self._ends and not answer.params.ignore_eos
+        ended = answer.token in self._writer.ends and not answer.params.ignore_eos
         text = answer.stream.push(answer.token)
         reason: FinishReason | None = None
         if ended or answer.stream.stopped:
@@ -218,31 +193,20 @@ class Batch:
             self._running[row] = last
 
 
-def end_tokens(writer: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that end an answer: the generation configuration's, else the tokenizer's."""
-    found = getattr(writer.generation_config, "eos_token_id", None)
-    if found is None:
-        found = tokenizer.eos_token_id
-    several: Iterable[int] = found if isinstance(found, (list, tuple)) else [] if found is None else [found]
-    return frozenset(several)
+def write_greedily(writer: Writer, tokenizer: Any, inputs: Inputs, max_tokens: int) -> Iterator[Piece]:
+    """Write one answer of the most likely tokens, piece by piece.
+
+    Raises:
+        ValueError: At once, see `Batch.add`.
+    """
+    penalty = float(
+        writer.defaults.get("repetition_penalty", 1.0)
+    )  # as its authors want it, and `generate` does it
+    batch = Batch(writer, tokenizer, max_batch=1)
+    batch.add("", inputs, SamplingParams(max_tokens=max_tokens, temperature=0, repetition_penalty=penalty))
+    return _pieces(batch)
 
 
-def _adds_masks(config: Any) -> bool:
-    """Return whether attention adds its mask to the scores, where SDPA takes a mask of bool."""
-    kind = getattr(config, "_attn_implementation", "sdpa")
-    if kind not in ("sdpa", "eager"):
-        raise CheckpointFormatError(f"config.json: attention {kind!r} takes no masks of several answers; use sdpa")
-    return bool(kind == "eager")
-
-
-def _max_context(writer: Any) -> int:
-    config = writer.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not kinds <= {"full_attention", "sliding_attention"}:
-        raise CheckpointFormatError(
-            f"config.json: layer_types: {', '.join(sorted(kinds))}: answers cannot be written with other than "
-            "attention layers"
-        )
-    longest = int(config.max_position_embeddings)
-    # Inside its window a sliding layer is a full one; further it would need a mask of its own.
-    return min(longest, int(config.sliding_window)) if "sliding_attention" in kinds else longest
+def _pieces(batch: Batch) -> Iterator[Piece]:
+    while len(batch):
+        yield from batch.step()

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit_runtime.generation.batch import FinishReason, end_tokens
+from quantkit_runtime.generation.batch import FinishReason
 from quantkit_runtime.generation.sampling import Sampler, SamplingParams
 from quantkit_runtime.generation.text import TextStream
 from quantkit_runtime.generation.turns import Turns
+from quantkit_runtime.generation.writer import end_tokens
 
 SAMPLE_RATE = 24_000
 """Samples per second of what the Qwen omni models speak."""

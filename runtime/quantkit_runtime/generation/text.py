@@ -9,6 +9,11 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 4  # decoded again with every new token: some tokenizers put a space between two tokens
 
 
+def tokenizer_of(processor: Any) -> Any:
+    """Return the tokenizer of a processor; one that reads text alone is the tokenizer."""
+    return getattr(processor, "tokenizer", processor)
+
+
 class TextStream:
     """The text of one answer.
 

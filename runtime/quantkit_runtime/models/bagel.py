@@ -5,7 +5,7 @@ and MLPs. Text and images to be understood go through the plain modules, latents
 names end in ``_moe_gen``. Modules are named as the tensors of ``ema.safetensors``; the VAE lies apart from them in
 ``ae.safetensors`` and is not part of this class.
 
-Shapes: B batch, T tokens, C channels, H heads, D channels of one head.
+Shapes: B batch, T tokens, C channels, H heads, D channels of one head, S tokens in the cache after the call.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,18 @@ from torch.nn import functional
 
 from quantkit_runtime.models.bagel_config import BagelConfig, TextConfig
 from quantkit_runtime.models.bagel_vision import TwoLayerMLP, VisionTransformer
+from quantkit_runtime.models.bagel_writer import BagelWriter
 
 _TIMESTEP_FREQUENCIES = 256
 _MAX_TIMESTEP_PERIOD = 10_000
+
+
+class Cache(Protocol):
+    """Keys and values of what was read before; transformers' own caches are such."""
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Take those of new tokens, (B, H, T, D), and return those to attend to, (B, H, S, D)."""
+        ...
 
 
 def _route(
@@ -46,7 +56,7 @@ def _route(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn queries or keys (B, H, T, D) to their positions; cos and sin are (1, T, D)."""
+    """Turn queries or keys (B, H, T, D) to their positions; cos and sin are (B or 1, T, D)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
 
@@ -54,8 +64,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention; queries and keys are normalized per head before they are rotated."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.head_dim = config.head_dim
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries)
@@ -76,7 +87,9 @@ class Attention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
+        is_causal: bool,
         latent: Tensor | None,
+        cache: Cache | None,
     ) -> Tensor:
         """See `DecoderLayer.forward`."""
         query = self._split(_route(self.q_proj, self.q_proj_moe_gen, hidden_states, latent))
@@ -84,13 +97,11 @@ class Attention(nn.Module):
         value = self._split(_route(self.v_proj, self.v_proj_moe_gen, hidden_states, latent)).transpose(1, 2)
         query = _route(self.q_norm, self.q_norm_moe_gen, query, latent).transpose(1, 2)
         key = _route(self.k_norm, self.k_norm_moe_gen, key, latent).transpose(1, 2)
+        query, key = _rotate(query, *position_embeddings), _rotate(key, *position_embeddings)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)
         attended = functional.scaled_dot_product_attention(
-            _rotate(query, *position_embeddings),
-            _rotate(key, *position_embeddings),
-            value,
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None,
-            enable_gqa=True,
+            query, key, value, attn_mask=attention_mask, is_causal=is_causal, enable_gqa=True
         )
         return _route(self.o_proj, self.o_proj_moe_gen, attended.transpose(1, 2).flatten(2), latent)
 
@@ -117,9 +128,9 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer with both experts."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.mlp_moe_gen = MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -132,21 +143,27 @@ class DecoderLayer(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
+        is_causal: bool = False,
         latent: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Run the layer.
 
         Args:
             hidden_states: (B, T, C).
-            position_embeddings: Cosine and sine of the rotary angles, each (1, T, D).
-            attention_mask: Bool (B or 1, 1, T, T), True where a query may look; None is causal.
+            position_embeddings: Cosine and sine of the rotary angles, each (B or 1, T, D).
+            attention_mask: Bool (B or 1, 1, T, S), True where a query may look; None is everywhere.
+            is_causal: Whether no token looks ahead; without a mask and what was read before.
             latent: Bool (B, T), True for tokens of the generation expert; None if there are none.
+            cache: What was read before, and takes these tokens, too.
 
         Returns:
             (B, T, C).
         """
         normed = _route(self.input_layernorm, self.input_layernorm_moe_gen, hidden_states, latent)
-        hidden_states = hidden_states + self.self_attn(normed, position_embeddings, attention_mask, latent)
+        hidden_states = hidden_states + self.self_attn(
+            normed, position_embeddings, attention_mask, is_causal, latent, cache
+        )
         normed = _route(self.post_attention_layernorm, self.post_attention_layernorm_moe_gen, hidden_states, latent)
         return hidden_states + _route(self.mlp, self.mlp_moe_gen, normed, latent)
 
@@ -158,26 +175,51 @@ class Decoder(nn.Module):
         super().__init__()
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm_moe_gen = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, *, attention_mask: Tensor | None = None, latent: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        *,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        is_causal: bool = True,
+        latent: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """Run all layers on (B, T, C); positions are 0 to T - 1. See `DecoderLayer.forward` for the rest."""
-        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        """Run all layers.
+
+        Args:
+            hidden_states: Embedded tokens (B, T, C).
+            positions: Int64 (B or 1, T); None is 0 to T - 1. All tokens of a picture have one.
+            attention_mask: See `DecoderLayer.forward`; it takes the place of ``is_causal``.
+            is_causal: See `DecoderLayer.forward`.
+            latent: See `DecoderLayer.forward`.
+            cache: See `DecoderLayer.forward`.
+
+        Returns:
+            (B, T, C), normed.
+        """
+        if positions is None:
+            positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         position_embeddings = self._rotary_angles(positions, hidden_states.dtype)
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, latent=latent
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                is_causal=is_causal and attention_mask is None,
+                latent=latent,
+                cache=cache,
             )
         return _route(self.norm, self.norm_moe_gen, hidden_states, latent)
 
     def _rotary_angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         exponents = torch.arange(0, self.head_dim, 2, device=positions.device).float() / self.head_dim
-        angles = positions.float()[:, None] / self.rope_theta**exponents
-        angles = torch.cat((angles, angles), dim=-1)[None]
+        angles = positions.float()[..., None] / self.rope_theta**exponents
+        angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -256,6 +298,24 @@ class Bagel(nn.Module):
             CheckpointFormatError: See `BagelConfig.read`.
         """
         return cls(BagelConfig.read(folder))
+
+    def make_writer(self, tokenizer: Any) -> BagelWriter:
+        """Return what writes text with this model, see `quantkit_runtime.generation.writer.writer_of`."""
+        return BagelWriter(self, tokenizer)
+
+    def embed_picture(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Return a picture as the decoder's understanding expert reads it.
+
+        Args:
+            patches: (T, pixels of a patch), see `VisionTransformer.forward`.
+            positions: Int64 (T,), likewise.
+
+        Returns:
+            (T, C).
+        """
+        seen = self.vit_model["vision_model"](patches[None].to(self.connector.fc1.weight.dtype), positions[None])
+        embedded: Tensor = self.connector(seen)[0] + self.vit_pos_embed(positions)
+        return embedded
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return the logits of the next token after each token of a text.

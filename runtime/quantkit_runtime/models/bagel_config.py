@@ -28,6 +28,7 @@ class TextConfig:
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
+    max_position_embeddings: int = 32_768
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
 
@@ -59,6 +60,7 @@ class BagelConfig:
     Attributes:
         text: Of the decoder.
         vision: Of the tower that reads images.
+        latent_patch_size: Latents along a side that are one token.
         latent_dim: Numbers per latent token: VAE channels times the area of a latent patch.
         latent_positions: Rows of the position table of latents to be generated.
         image_positions: Rows of the position table of images to be understood.
@@ -66,9 +68,15 @@ class BagelConfig:
 
     text: TextConfig
     vision: VisionConfig
+    latent_patch_size: int
     latent_dim: int
     latent_positions: int
     image_positions: int
+
+    @property
+    def patches_per_side(self) -> int:
+        """Of the largest picture that is understood."""
+        return self.vision.image_size // self.vision.patch_size
 
     @classmethod
     def read(cls, folder: Path) -> BagelConfig:
@@ -105,6 +113,7 @@ class BagelConfig:
         return cls(
             text=_parse(TextConfig, text, text_path),
             vision=_parse(VisionConfig, vision, vision_path),
+            latent_patch_size=int(patch_size),
             latent_dim=int(channels * patch_size**2),
             latent_positions=rows("latent_pos_embed.pos_embed", _LATENT_POSITIONS),
             image_positions=rows("vit_pos_embed.pos_embed", _IMAGE_POSITIONS),

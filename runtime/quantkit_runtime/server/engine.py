@@ -27,7 +27,6 @@ from quantkit_runtime.server.logs import set_up_logging
 from quantkit_runtime.server.models.base import BatchModel, Cancelled, RequestRefusedError, StreamingModel
 from quantkit_runtime.server.protocol import (
     Cancel,
-    ChatRequest,
     Failed,
     FailureKind,
     Finished,
@@ -38,7 +37,6 @@ from quantkit_runtime.server.protocol import (
     Ready,
     Request,
     Run,
-    SpeechRequest,
     StartFailed,
     Stop,
 )
@@ -205,7 +203,6 @@ class Engine:
 
     def _admit(self, model: StreamingModel, message: Run) -> None:
         for request in message.requests:
-            assert isinstance(request, (ChatRequest, SpeechRequest))
             try:
                 model.admit(request)
             except RequestRefusedError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-from quantkit_runtime.server.protocol import ChatRequest, Event, Frames, ModelInfo, Request, SpeechRequest
+from quantkit_runtime.server.protocol import Event, Frames, ModelInfo, Request
 
 OnStep = Callable[[int, int], None]
 """Called after each step with its number from 1 and their number; raises `Cancelled` to stop the run there."""
@@ -49,7 +49,7 @@ class BatchModel(ABC):
 
 
 class StreamingModel(ABC):
-    """Admits requests while others run, and moves all of them on together: chat and speech.
+    """Admits requests while others run, and moves all of them on together: chat, speech, and what draws beside it.
 
     The engine calls ``step`` again and again while ``active`` is above zero, and between two steps ``admit`` and
     ``cancel``. It never has more than ``info.max_batch`` admitted.
@@ -67,7 +67,7 @@ class StreamingModel(ABC):
         """Run one small request."""
 
     @abstractmethod
-    def admit(self, request: ChatRequest | SpeechRequest) -> None:
+    def admit(self, request: Request) -> None:
         """Take up a request.
 
         Raises:
@@ -78,8 +78,8 @@ class StreamingModel(ABC):
     def step(self) -> list[Event]:
         """Move all active requests on by one step, and return what came out.
 
-        Events are `Delta`, and at the end of each request one `Finished` (with an `Answer`) or `Failed`. An
-        exception fails all active requests; `reset` is called then.
+        Events are `Delta` and `Progress`, and at the end of each request one `Finished` (with an `Answer` or
+        `Frames`) or `Failed`. An exception fails all active requests; `reset` is called then.
         """
 
     @abstractmethod

@@ -15,6 +15,7 @@ from quantkit_runtime.errors import CheckpointFormatError
 from quantkit_runtime.generation.batch import Batch, Piece
 from quantkit_runtime.generation.sampling import SamplingParams
 from quantkit_runtime.generation.speech import SAMPLE_RATE, Speaker, voices
+from quantkit_runtime.generation.writer import writer_of
 from quantkit_runtime.server.models.base import RequestRefusedError, StreamingModel
 from quantkit_runtime.server.models.conversation import Reader
 from quantkit_runtime.server.protocol import (
@@ -28,6 +29,7 @@ from quantkit_runtime.server.protocol import (
     Message,
     ModelInfo,
     ModelSpec,
+    Request,
     SpeechRequest,
     TextPart,
     Usage,
@@ -102,16 +104,14 @@ class ChatModel(StreamingModel):
     def __init__(self, model: Any, reader: Reader, *, max_batch: int | None = None, exact: bool = False) -> None:
         self._model = model
         self._reader = reader
-        writer = getattr(model, "thinker", model)
-        if not hasattr(writer, "generate") or writer.get_output_embeddings() is None:
-            raise CheckpointFormatError(f"{type(model).__name__}: writes no text, so it cannot be served")
+        self._writer = writer_of(model, reader.tokenizer)
         most = max_batch or _MAX_BATCH
-        self._batch = Batch(writer, reader.tokenizer, max_batch=most, exact=exact)
+        self._batch = Batch(self._writer, reader.tokenizer, max_batch=most, exact=exact)
         self._active: dict[str, _Active] = {}
         self._to_speak: deque[_ToSpeak] = deque()
         self._speaker: tuple[str, Speaker] | None = None
         self._said: list[Delta] = []
-        self.info = self._describe(writer, most)
+        self.info = self._describe(most)
 
     @property
     def active(self) -> int:
@@ -125,11 +125,12 @@ class ChatModel(StreamingModel):
         while self.active:
             self.step()
 
-    def admit(self, request: ChatRequest | SpeechRequest) -> None:
+    def admit(self, request: Request) -> None:
         """Read a request; its answer begins with the next step."""
         if isinstance(request, SpeechRequest):
             self._admit_speech(request)
             return
+        assert isinstance(request, ChatRequest)
         inputs = self._reader.read(request.messages)
         count = inputs["input_ids"].shape[1]
         params = self._params(request, count)
@@ -165,19 +166,13 @@ class ChatModel(StreamingModel):
         self._to_speak.clear()
         self._stop_speaking()
 
-    def _describe(self, writer: Any, max_batch: int) -> ModelInfo:
+    def _describe(self, max_batch: int) -> ModelInfo:
         found = voices(self._model)
         kinds: tuple[Kind, ...] = ("chat", "speech") if found else ("chat",)
-        written = writer.generation_config
-        own = {
-            name: value
-            for name in ("temperature", "top_p", "top_k", "repetition_penalty")
-            if (value := getattr(written, name, None)) is not None
-        }
         return ModelInfo(
             kinds=frozenset(kinds),
             parameters=_PARAMETERS,
-            defaults=own,
+            defaults=dict(self._writer.defaults),
             inputs=self._reader.inputs,
             outputs=frozenset({"text", "audio"} if found else {"text"}),
             voices=found,
@@ -186,10 +181,10 @@ class ChatModel(StreamingModel):
         )
 
     def _params(self, request: ChatRequest, count: int) -> SamplingParams:
-        room = self._batch.max_context - count
+        room = self._writer.max_context - count
         if room < 1:
             raise RequestRefusedError(
-                f"messages: {count} tokens; the model's context has {self._batch.max_context} with the answer",
+                f"messages: {count} tokens; the model's context has {self._writer.max_context} with the answer",
                 "messages",
             )
 
@@ -226,9 +221,9 @@ class ChatModel(StreamingModel):
         script = self._reader.tokenizer(request.text, add_special_tokens=False)["input_ids"]
         inputs = self._reader.read([Message("user", (TextPart(_READ_ALOUD),))])
         count = inputs["input_ids"].shape[1]
-        if count + len(script) >= self._batch.max_context:
+        if count + len(script) >= self._writer.max_context:
             raise RequestRefusedError(
-                f"input: {len(script)} tokens; the model takes at most {self._batch.max_context - count - 1}",
+                f"input: {len(script)} tokens; the model takes at most {self._writer.max_context - count - 1}",
                 "input",
             )
         params = SamplingParams(max_tokens=len(script) + 1, temperature=0, seed=request.seed)

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quantkit_runtime.architecture import is_own
+from quantkit_runtime.checkpoint import read_json
 from quantkit_runtime.errors import CheckpointFormatError
+from quantkit_runtime.generation.text import tokenizer_of
+from quantkit_runtime.models.bagel_processor import BagelProcessor
 from quantkit_runtime.optional import import_optional
 from quantkit_runtime.server.models.base import RequestRefusedError
 from quantkit_runtime.server.protocol import AudioPart, ImagePart, Message, TextPart
@@ -25,21 +29,12 @@ class Reader:
     """
 
     def __init__(self, folder: Path) -> None:
-        transformers = import_optional("transformers")
-        is_multimodal = (folder / "preprocessor_config.json").is_file() or (
-            folder / "processor_config.json"
-        ).is_file()
-        auto = transformers.AutoProcessor if is_multimodal else transformers.AutoTokenizer
-        try:
-            self._processor: Any = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointFormatError(f"{folder}: holds no tokenizer that can be loaded: {reason}") from error
-        self.tokenizer: Any = getattr(self._processor, "tokenizer", self._processor)
+        self._processor: Any = _load_processor(folder)
+        self.tokenizer: Any = tokenizer_of(self._processor)
         self._listener: Any = getattr(self._processor, "feature_extractor", None)
-        looker: Any = getattr(self._processor, "image_processor", None)
+        sees = isinstance(self._processor, BagelProcessor) or hasattr(self._processor, "image_processor")
         self.inputs = frozenset(
-            name for name, part in (("image", looker), ("audio", self._listener)) if part is not None
+            name for name, is_read in (("image", sees), ("audio", self._listener is not None)) if is_read
         )
         self.audio_rate = int(self._listener.sampling_rate) if self._listener is not None else 0
 
@@ -52,6 +47,9 @@ class Reader:
         parts = [part for message in messages for part in message.parts]
         images = [self._image(part) for part in parts if isinstance(part, ImagePart)]
         audio = [self._audio(part) for part in parts if isinstance(part, AudioPart)]
+        if isinstance(self._processor, BagelProcessor):
+            pictures = iter(images)
+            return self._processor([part.text if isinstance(part, TextPart) else next(pictures) for part in parts])
         text = self._prompt(messages)
         try:
             if self._processor is self.tokenizer:
@@ -105,6 +103,24 @@ class Reader:
                 "messages",
             )
         return part.samples
+
+
+def _load_processor(folder: Path) -> Any:
+    """Return the processor of a model, or its tokenizer if it reads text alone.
+
+    Raises:
+        CheckpointFormatError: The folder holds none that can be loaded.
+    """
+    if is_own(read_json(folder / "config.json")):
+        return BagelProcessor(folder)
+    transformers = import_optional("transformers")
+    is_multimodal = any((folder / f"{name}_config.json").is_file() for name in ("preprocessor", "processor"))
+    auto = transformers.AutoProcessor if is_multimodal else transformers.AutoTokenizer
+    try:
+        return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointFormatError(f"{folder}: holds no tokenizer that can be loaded: {reason}") from error
 
 
 def _named(part: TextPart | ImagePart | AudioPart) -> dict[str, str]:

@@ -36,6 +36,15 @@ def load(spec: ModelSpec) -> DiffusionModel:
     Raises:
         QuantkitRuntimeError: It cannot be loaded, or is no pipeline of pictures or videos.
     """
+    return DiffusionModel(*load_parallel(spec), spec.max_batch)
+
+
+def load_parallel(spec: ModelSpec) -> tuple[Any, Any]:
+    """Return a pipeline and what calls it, on this rank of as many as the spec says.
+
+    Raises:
+        QuantkitRuntimeError: It cannot be loaded.
+    """
     import torch
 
     from quantkit_runtime.load import load_pipeline
@@ -58,10 +67,10 @@ def load(spec: ModelSpec) -> DiffusionModel:
     )
     pipeline.set_progress_bar_config(disable=True)
     if mesh is None:
-        return DiffusionModel(pipeline, pipeline, spec.max_batch)
+        return pipeline, pipeline
     from quantkit_runtime.parallel import parallel_call
 
-    return DiffusionModel(pipeline, parallel_call(pipeline, mesh), spec.max_batch)
+    return pipeline, parallel_call(pipeline, mesh)
 
 
 class DiffusionModel(BatchModel):
@@ -186,6 +195,7 @@ class DiffusionModel(BatchModel):
             for name in (*OPTIONS, "height", "width", "num_frames")
             if name in takes and isinstance(takes[name].default, (int, float))
         }
+        most = int(getattr(pipeline, "max_prompts", max_batch))
         factor = int(getattr(pipeline, "vae_scale_factor_spatial", 0) or getattr(pipeline, "vae_scale_factor", 8))
         side = int(getattr(pipeline, "default_sample_size", 64)) * factor
         for name in ("height", "width"):
@@ -203,13 +213,16 @@ class DiffusionModel(BatchModel):
             needs_image=needs_image,
             size_multiple=_size_multiple(pipeline, factor),
             # GLM-Image draws the tokens before the denoising of a whole batch from the first generator.
-            max_batch=1 if is_video or "prior_token_ids" in takes else max_batch,
+            max_batch=1 if is_video or "prior_token_ids" in takes else min(max_batch, most),
             description=type(pipeline).__name__,
         )
 
 
 def _size_multiple(pipeline: Any, factor: int) -> int:
     """Return what width and height must be multiples of: pixels per latent, times latents per token."""
+    own = getattr(pipeline, "size_multiple", None)
+    if own is not None:
+        return int(own)
     processor = getattr(pipeline, "image_processor", None) or getattr(pipeline, "video_processor", None)
     of_processor = int(processor.config.vae_scale_factor) if processor is not None else factor
     patch = getattr(pipeline.transformer.config, "patch_size", 1) if hasattr(pipeline, "transformer") else 1

@@ -7,6 +7,8 @@ from importlib import import_module
 
 import torch  # noqa: F401  (most of the time that importing takes; the start tells of it apart from loading)
 
+from quantkit_runtime.architecture import is_own
+from quantkit_runtime.checkpoint import read_json
 from quantkit_runtime.load import local_folder
 from quantkit_runtime.optional import import_optional
 from quantkit_runtime.server.models.base import BatchModel, StreamingModel
@@ -21,8 +23,11 @@ def load(spec: ModelSpec) -> BatchModel | StreamingModel:
     """
     _log_as_we_do()
     folder = local_folder(spec.path)
-    is_pipeline = (folder / "model_index.json").is_file()
-    module = import_module(f"quantkit_runtime.server.models.{'diffusion' if is_pipeline else 'chat'}")
+    if (folder / "model_index.json").is_file():
+        kind = "diffusion"
+    else:
+        kind = "bagel" if is_own(read_json(folder / "config.json")) else "chat"
+    module = import_module(f"quantkit_runtime.server.models.{kind}")
     model: BatchModel | StreamingModel = module.load(replace(spec, path=str(folder)))
     return model
 
