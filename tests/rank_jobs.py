@@ -150,7 +150,11 @@ def count_blocks(pipe):
 
     for name in ("transformer", "transformer_2"):
         if getattr(pipe, name, None) is not None:
-            blocks = getattr(getattr(pipe, name), "transformer_blocks", None) or getattr(pipe, name).blocks
+            model = getattr(pipe, name)
+            if hasattr(model, "bagel"):
+                model.register_forward_hook(hook)  # its blocks read prompts, too
+                continue
+            blocks = getattr(model, "transformer_blocks", None) or model.blocks
             blocks[0].register_forward_hook(hook)
     return counts
 

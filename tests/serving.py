@@ -159,13 +159,13 @@ def load_images(_spec):
 
 def load_editor(_spec):
     info = load_images(_spec).info
-    return FakeDiffusion(replace(info, inputs=frozenset({"image"}), needs_image=True))
+    return FakeDiffusion(replace(info, draws_from_image=True, needs_image=True))
 
 
 def load_videos(_spec):
     defaults = {**_DEFAULTS, "num_frames": 5, "fps": 16}
     info = ModelInfo(
-        frozenset({"video"}), _OPTIONS | {"num_frames"}, defaults, frozenset({"image"}), size_multiple=16,
+        frozenset({"video"}), _OPTIONS | {"num_frames"}, defaults, draws_from_image=True, size_multiple=16,
         description="FakePipeline",
     )  # fmt: skip
     return FakeDiffusion(info)

@@ -64,7 +64,7 @@ def test_a_pipeline_that_takes_a_picture_edits(tiny_model, tmp_path):
     index.write_text(index.read_text().replace("FluxPipeline", "FluxImg2ImgPipeline"))
     model = diffusion.load(ModelSpec(path=str(folder), dtype="float32"))
     model.info = replace(model.info, defaults=model.info.defaults | {"max_sequence_length": 16})
-    assert (model.info.inputs, model.info.needs_image) == ({"image"}, True)
+    assert (model.info.draws_from_image, model.info.needs_image) == (True, True)
     model.warm_up()
     options = {"num_inference_steps": 4, "strength": 0.5, "max_sequence_length": 16}
     first, second = (

@@ -26,6 +26,7 @@ DEMO = {**COMMON, "negative_prompt": "", "true_cfg_scale": 2.0, "max_sequence_le
 WAN = {**GUIDED, "num_frames": 5, "guidance_scale_2": 2.0}
 TI2V = {**GUIDED, "height": 64, "width": 64, "num_frames": 5}
 GLM = {**COMMON, "guidance_scale": 3.0}
+BAGEL = {**COMMON, "prompt": "draw a red circle", "guidance_scale": 4.0}
 BUILD = {
     "demo": lambda _folder: quantkit.demo.path(),
     "llama": build_chat,
@@ -51,6 +52,7 @@ TWO = [
     {"name": "tokens w4", "model": "demo w4", "kwargs": DEMO, **SHARED, "ulysses": True},
     {"name": "llama w4", "model": "llama w4", **SHARED, "language": True},
     {"name": "bagel w4", "model": "bagel w4", **SHARED, "language": True},
+    {"name": "bagel w4, a picture", "model": "bagel w4", "kwargs": BAGEL, **SHARED},
     {"name": "bagel, drawing", "model": "bagel", **SHARED, "language": True, "drawing": True},
     {"name": "qwen2.5-omni w4", "model": "qwen2.5-omni w4", **SHARED, "language": True},
     {"name": "qwen3-omni", "model": "qwen3-omni", **SHARED, "language": True},
@@ -61,6 +63,7 @@ FOUR = [
     {"name": "demo w4, both", "model": "demo w4", "kwargs": DEMO, **BOTH},
     {"name": "wan w4, both", "model": "wan_t2v w4", "kwargs": WAN, **BOTH},
     {"name": "glm w4, both", "model": "glm_image w4", "kwargs": GLM, **BOTH},
+    {"name": "bagel w4, both", "model": "bagel w4", "kwargs": BAGEL, **BOTH},
     {"name": "ovis w4, both", "model": "ovis_image w4", "kwargs": GUIDED, **BOTH},
     {"name": "tokens w4, both", "model": "demo w4", "kwargs": DEMO, **BOTH, "ulysses": True},
 ]
@@ -119,7 +122,7 @@ def alone(folder_of):
     known = {}
 
     def run(job):
-        key = (job["model"], job.get("dtype"))
+        key = (job["model"], job.get("dtype"), bool(job.get("language")))
         if key not in known:
             job = {**job, "model": folder_of(job["model"])}
             if job.get("language"):

@@ -67,7 +67,7 @@ def video_request(
             f"input_reference: {deployment.name} starts from a picture; send one", "input_reference",
             "missing_required_parameter",
         )  # fmt: skip
-    if image is not None and "image" not in info.inputs:
+    if image is not None and not info.draws_from_image:
         raise bad_request(f"input_reference: {deployment.name} takes no picture", "input_reference")
     width, height = _size(body, deployment, limits)
     fps = body.fps or int(deployment.default("fps"))

@@ -60,9 +60,10 @@ class ModelInfo:
         kinds: Of requests that it takes.
         parameters: Names of request fields that it understands.
         defaults: Values of fields that a request may leave out.
-        inputs: Media that it takes beside text: ``image``, ``audio``.
+        inputs: Media that a chat takes beside text: ``image``, ``audio``.
         outputs: Of a chat: ``text``, ``audio``.
         voices: Of speech.
+        draws_from_image: A picture or video may begin with a picture.
         needs_image: It draws from a picture and takes no request without one.
         size_multiple: Width and height must be multiples of it.
         max_batch: Pictures in one run, or chats and speeches at once (the engine admits them while others run); 1
@@ -76,6 +77,7 @@ class ModelInfo:
     inputs: frozenset[str] = frozenset()
     outputs: frozenset[str] = frozenset()
     voices: tuple[str, ...] = ()
+    draws_from_image: bool = False
     needs_image: bool = False
     size_multiple: int = 1
     max_batch: int = 1

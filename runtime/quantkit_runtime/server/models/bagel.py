@@ -57,7 +57,7 @@ class BagelModel(StreamingModel):
             kinds=ours.kinds | theirs.kinds,
             parameters=ours.parameters | theirs.parameters,
             defaults={**ours.defaults, **theirs.defaults},
-            inputs=ours.inputs | theirs.inputs,
+            inputs=ours.inputs,
             outputs=ours.outputs,
             max_batch=ours.max_batch,
             description=ours.description,

@@ -209,7 +209,7 @@ class DiffusionModel(BatchModel):
             kinds=frozenset(kinds),
             parameters=frozenset(takes) & {*OPTIONS, "negative_prompt", "num_frames", "image"},
             defaults=defaults,
-            inputs=frozenset({"image"} if takes_image else ()),
+            draws_from_image=takes_image,
             needs_image=needs_image,
             size_multiple=_size_multiple(pipeline, factor),
             # GLM-Image draws the tokens before the denoising of a whole batch from the first generator.

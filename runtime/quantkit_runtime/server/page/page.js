@@ -102,13 +102,13 @@ function show(wanted) {
     if (name === "width" || name === "height") input.step = served()[0].size_multiple;
     return make("label", {}, LABELS[name], input);
   }));
-  const inputs = new Set(served().flatMap(model => model.inputs));
+  const inputs = new Set(served().flatMap(model => kind === "chat" ? model.inputs : model.draws_from_image ? ["image"] : []));
   const speaks = served().some(model => model.outputs.includes("audio"));
   const shown = { negative_prompt: takes("negative_prompt") && kind !== "chat", upload: inputs.size > 0, speak: kind === "chat" && speaks };
   for (const [name, on] of Object.entries(shown)) document.querySelector(`[data-field="${name}"]`).hidden = !on;
   $("upload").accept = [inputs.has("image") && "image/*", inputs.has("audio") && "audio/*"].filter(Boolean).join(",");
   $("upload").value = "";
-  $("upload-name").textContent = inputs.has("audio") ? "Picture or sound" : "Picture to start from";
+  $("upload-name").textContent = inputs.has("audio") ? "Picture or sound" : kind === "chat" ? "Picture" : "Picture to start from";
   $("prompt-name").textContent = kind === "chat" ? "Message" : "Prompt";
   $("go").textContent = kind === "chat" ? "Send" : "Generate";
   $("clear").hidden = kind !== "chat";

@@ -64,7 +64,7 @@ async def edit(body: Annotated[ImageEditForm, Form(media_type="multipart/form-da
     context = context_of(request)
     limits = context.settings.limits
     deployment = context.deployments.find(body.model, "image", "draw pictures")
-    if "image" not in deployment.info.inputs:
+    if not deployment.info.draws_from_image:
         raise bad_request(
             f"model: {deployment.name} ({deployment.info.description}) takes no picture, so it cannot edit",
             "model", "unsupported_model",

@@ -59,6 +59,7 @@ async def state(request: Request) -> dict[str, Any]:
                 "parameters": sorted(info.parameters) if info else [],
                 "defaults": info.defaults if info else {},
                 "inputs": sorted(info.inputs) if info else [],
+                "draws_from_image": info.draws_from_image if info else False,
                 "outputs": sorted(info.outputs) if info else [],
                 "voices": list(info.voices) if info else [],
                 "size_multiple": info.size_multiple if info else 1,
