@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from quantkit_runtime.errors import ParallelError
+from quantkit_runtime.parallel.agreement import agree_on
 from quantkit_runtime.parallel.launch import joined
 
 
@@ -37,3 +38,14 @@ def wait_for_ever(folder):
     with joined("cpu"):
         Path(folder, f"pid{dist.get_rank()}").write_text(str(os.getpid()))
         time.sleep(600)
+
+
+def agree(folder):
+    with joined("cpu"):
+        rank = dist.get_rank()
+        found = [agree_on(7 + rank, 2**32, None)]
+        try:
+            agree_on(7, 5 + rank, None)
+        except ParallelError as error:
+            found.append(error)
+        Path(folder, f"rank{rank}").write_text(" ".join(map(str, found)))

@@ -35,7 +35,8 @@ class FakeDiffusion(BatchModel):
     """Draws its seed: the red of every pixel is the seed, the green how many pictures were drawn together.
 
     Words of the prompt make it fail: ``crash`` kills the process, ``crash-once:FILE`` only if FILE is there (and
-    removes it), ``hang`` stops it, ``oom``, ``refuse``, ``fail``; ``slow`` takes steps of a tenth of a second.
+    removes it), ``hang`` stops it, ``oom``, ``refuse``, ``fail``, ``fail-alone:FILE`` on the second of two ranks if
+    FILE is there (and removes it); ``slow`` takes steps of a tenth of a second.
     """
 
     def __init__(self, info):
@@ -82,6 +83,9 @@ def misbehave(prompt):
         if name in ("crash-once", "hang-once") and Path(file).exists():
             Path(file).unlink()
             os.kill(os.getpid(), signal.SIGKILL if name == "crash-once" else signal.SIGSTOP)
+        if name == "fail-alone" and is_second_rank() and Path(file).exists():
+            Path(file).unlink()
+            raise RuntimeError("not on the first rank")
     if "oom" in words:
         raise MemoryError
     if "refuse" in words:
@@ -90,8 +94,15 @@ def misbehave(prompt):
         raise RuntimeError("inner secret")
 
 
+def is_second_rank():
+    return os.environ.get("RANK") == "1"
+
+
 class FakeChat(StreamingModel):
-    """Answers with the words of the last message, one a step; says ``image`` and ``audio`` for media."""
+    """Answers with the words of the last message, one a step; says ``image`` and ``audio`` for media.
+
+    ``crash-late`` kills the process at its turn; of two ranks the second writes another token for ``apart``.
+    """
 
     def __init__(self, info):
         self.info = info
@@ -130,7 +141,9 @@ class FakeChat(StreamingModel):
                 is_speech = isinstance(request, SpeechRequest)
                 sound = is_speech or "audio" in request.modalities
                 samples = np.full(240, 0.5, np.float32) if sound else None
-                events.append(Delta(identity, "" if is_speech else f"{word} ", 1, samples, 24_000 if sound else 0))
+                token = 2 if word == "apart" and is_second_rank() else 1
+                text = "" if is_speech else f"{word} "
+                events.append(Delta(identity, text, (token,), samples, 24_000 if sound else 0))
             else:
                 reason = "stop" if total <= request.max_tokens else "length"
                 done = Answer(reason, Usage(total, min(total, request.max_tokens)))

@@ -26,8 +26,8 @@ HEAD = """# Support matrix
 
 What the tests of this repository have run, with tiny random models of the real classes (in the first column with
 the published architectures, without their weights). `make support` makes this page from the tests that pass;
-`make test` fails where it says something else. An empty cell means that no test shows it. Served is what an engine of
-the [server](serve.md) answers; servable is what the [check](servability.md) says of the exports.
+`make test` fails where it says something else. An empty cell means that no test shows it. Served is what an engine
+of the [server](serve.md) answers; servable is what the [check](servability.md) says of the exports.
 
 """
 

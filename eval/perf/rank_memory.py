@@ -4,12 +4,13 @@ Builds the published architectures without weights and cuts them as loading does
 
     python eval/perf/rank_memory.py
 
-The other weights are those of text encoders and VAE, in BF16. Activations come on top.
+The other weights are those of text encoders and VAE, in BF16; an omni model has none. Activations come on top.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 
 import torch
@@ -28,23 +29,39 @@ from quantkit_runtime.parallel.plans import ENCODERS
 from quantkit_runtime.parallel.tensor import shard
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "quantkit" / "families" / "published"
-MODELS = {  # with the number of denoisers
+MODELS = {  # with the number of denoisers, or of language models
     "black-forest-labs/FLUX.1-dev": 1,
     "AIDC-AI/Ovis-Image-7B": 1,
     "zai-org/GLM-Image": 1,
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 1,
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 2,
+    "Qwen/Qwen2.5-Omni-7B": 1,
+    "Qwen/Qwen3-Omni-30B-A3B-Instruct": 1,
 }
+BLOCKS = (
+    "blocks.", "transformer_blocks.", "single_transformer_blocks.",
+    "thinker.model.layers.", "thinker.model.language_model.layers.",
+)  # fmt: skip
 RANKS = (1, 2, 4)
 SCHEME = Scheme()
 
 
 def weight_bytes(model: str, ranks: int, *, packed: bool) -> int:
-    """Return the bytes of one denoiser that the first of some ranks holds; Linears of its blocks may be packed."""
+    """Return the bytes of one denoiser, or language model, that the first of some ranks holds.
+
+    Args:
+        model: Of `MODELS`.
+        ranks: That share it.
+        packed: Whether Linears and experts of its blocks are; routers never are.
+
+    Raises:
+        ParallelError: So many ranks cannot share it.
+    """
     path = PUBLISHED / model / "transformer" / "config.json"
+    path = path if path.is_file() else PUBLISHED / model / "config.json"
 
     def scheme_of(name: str) -> Scheme | None:
-        return SCHEME if packed and "blocks." in name else None
+        return SCHEME if packed and name.startswith(BLOCKS) and not name.endswith(".mlp.gate") else None
 
     built = build(path)
     if ranks > 1:
@@ -53,9 +70,12 @@ def weight_bytes(model: str, ranks: int, *, packed: bool) -> int:
     for name, parameter in built.named_parameters():
         owner, _, attribute = name.rpartition(".")
         module = built.get_submodule(owner)
-        if attribute == "weight" and isinstance(module, nn.Linear) and scheme_of(owner) is not None:
-            stored = packed_tensors(module.in_features, module.out_features, SCHEME).values()
-            nbytes += sum(shape[0] * shape[1] * dtype.itemsize for shape, dtype in stored)
+        is_linear = attribute == "weight" and isinstance(module, nn.Linear)
+        is_experts = attribute in ("gate_up_proj", "down_proj")
+        if (is_linear or is_experts) and scheme_of(owner) is not None:
+            *experts, rows, columns = parameter.shape
+            stored = packed_tensors(columns, rows, SCHEME).values()
+            nbytes += math.prod(experts) * sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
         else:
             nbytes += 2 * parameter.numel()
     return nbytes
@@ -99,7 +119,13 @@ def main() -> None:
     kinds = [f"{kind} TP={n}" for kind in ("BF16", "W4", "other") for n in RANKS]
     print(f"{'GB of weights per rank':36}" + "".join(f"{kind:>11}" for kind in kinds))
     for model, count in MODELS.items():
-        sizes = [count * weight_bytes(model, ranks, packed=packed) for packed in (False, True) for ranks in RANKS]
+        sizes = []
+        for packed in (False, True):
+            for ranks in RANKS:
+                try:
+                    sizes.append(count * weight_bytes(model, ranks, packed=packed))
+                except ParallelError:
+                    sizes.append(math.nan)
         sizes += [other_bytes(model, ranks) for ranks in RANKS]
         print(f"{model:36}" + "".join(f"{size / 1e9:11.2f}" for size in sizes))
 

@@ -180,6 +180,7 @@ def command(
             dtype=dtype,
             api_keys=api_keys,
             cfg_parallel=cfg_parallel,
+            tensor_parallel=tensor_parallel,
             sampling=defaults,
             others={option: value for option, value in others.items() if value is not None},
             fetches_remote_media=allow_remote_media,

@@ -189,3 +189,18 @@ def test_experts_are_captured_in_a_graph_for_few_and_many_tokens(device):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(captured, out)
+
+
+@torch.inference_mode()
+def test_a_layer_on_another_accelerator_than_the_current_one_is_computed_there(device):
+    if torch.accelerator.device_count() < 2:
+        pytest.skip("one accelerator")
+    other = torch.device(device.type, 1)
+    assert torch.accelerator.current_device_index() == 0
+    layer, state = make_layer(other, 256, 1024, group_size=128)
+    layer.prepare(torch.bfloat16)
+    for rows in (1, 64, 2500):
+        x = torch.randn(rows, 256, device=other, dtype=torch.bfloat16)
+        out = layer(x)
+        assert out.device == other
+        assert relative_error(out, exact_product(state, layer, x)) < TOLERANCE[torch.bfloat16]

@@ -213,6 +213,22 @@ def test_a_failure_of_the_talker_ends_that_answer_alone(omni, monkeypatch):
     assert results["b"].result.usage.completion_tokens == 30
 
 
+def test_on_several_ranks_a_failure_inside_the_thinker_is_not_one_answers_alone(omni, monkeypatch):
+    monkeypatch.setattr(omni, "_is_shared", True)
+    spoken = _request("a", modalities=("text", "audio"))
+    with monkeypatch.context() as patch:
+        patch.setattr(omni._model.talker, "generate", lambda **_: 1 / 0)  # whole on every rank
+        omni.admit(spoken)
+        while omni.active:
+            events = omni.step()
+        assert events[-1].kind == "internal"
+    monkeypatch.setattr(omni._model.thinker, "generate", lambda **_: 1 / 0)
+    omni.admit(spoken)
+    with pytest.raises(ZeroDivisionError):  # another rank may wait there for this one
+        omni.step()
+    omni.reset()
+
+
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`")  # so its talker does
 def test_qwen3_omni_speaks(folders):
     """In the fixture tokens are bytes, and the talker's special ones are beyond its vocabulary."""

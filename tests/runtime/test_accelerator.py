@@ -1,11 +1,14 @@
 """Which backend serves accelerators, told with faked devices: none is here."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.errors import BackendUnavailableError
-from quantkit_runtime.kernels import ExpertsSpec, LinearSpec, resolve, why_not
+from quantkit_runtime.kernels import ExpertsSpec, LinearSpec, ops, resolve, why_not
 from quantkit_runtime.kernels.crossover import (
     DEFAULT_FUSED_ROWS,
     HOPPER_FUSED_ROWS,
@@ -104,3 +107,26 @@ def test_a_measured_border_is_kept_for_the_user_and_a_damaged_file_is_none(monke
     cache_file().write_text("{", encoding="utf-8")
     save(device, 78)  # reads it, finds nothing, writes it anew
     assert fused_rows(device) == 78
+
+
+@pytest.mark.parametrize(("index", "visited"), [(1, [1]), (0, []), (None, [])])
+def test_kernels_are_launched_on_the_accelerator_that_holds_their_tensors(monkeypatch, index, visited):
+    found = []
+
+    @contextmanager
+    def device_index(number):
+        found.append(number)
+        yield
+
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    device = torch.device("cpu") if index is None else torch.device("cuda", index)
+    launched = ops._on_device_of_first(lambda first, *rest: (first, *rest))
+    first = SimpleNamespace(device=device)
+    assert launched(first, 2, 3) == (first, 2, 3)
+    assert found == visited
+
+
+def test_every_kernel_is_launched_so():
+    for name in ("linear", "linear_fp8", "unpack", "quantize_rows", "multiply_experts", "multiply_sorted"):
+        assert getattr(ops, name).__wrapped__, name

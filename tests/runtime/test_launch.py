@@ -23,6 +23,16 @@ def test_ranks_form_a_group(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"rank0": "3.0", "rank1": "3.0"}
 
 
+def test_ranks_take_the_first_ones_value_if_they_have_done_the_same_and_else_all_are_told_who_differs(tmp_path):
+    launch(ranks.agree, (str(tmp_path),), 2)
+    for rank in (0, 1):
+        assert (
+            (tmp_path / f"rank{rank}")
+            .read_text()
+            .startswith("7 the ranks have drifted apart: what rank 1 made differs from what rank 0 made; ")
+        )
+
+
 def test_the_error_of_one_rank_ends_all_and_is_told_with_its_traceback():
     with pytest.raises(ParallelError, match=r"^rank 1: the file: a reason") as caught:
         launch(ranks.refuse, (1,), 2)

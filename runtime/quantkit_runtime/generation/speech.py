@@ -72,7 +72,10 @@ class Speaker:
         voice: One of `voices`.
         script: Tokens that are read aloud, instead of an answer.
         max_codes: Of the talker; about 25 to 50 are a second of sound.
-        on_text: Called with each piece of text.
+        on_token: Called with each token, and what is certain of the text by it and was not before.
+
+    Attributes:
+        has_text: Whether the text is complete; what is left is the talker's work.
     """
 
     def __init__(
@@ -85,8 +88,9 @@ class Speaker:
         *,
         script: Sequence[int] | None = None,
         max_codes: int = 4096,
-        on_text: Callable[[str], None] = lambda _text: None,
+        on_token: Callable[[int, str], None] = lambda _token, _text: None,
     ) -> None:
+        self.has_text = False
         self._model = model
         self._inputs = inputs
         self._params = params
@@ -95,7 +99,7 @@ class Speaker:
         self._script = None if script is None else [*script, min(self._ends)]
         self._max_codes = max_codes
         self._stream = TextStream(tokenizer, params.stop)
-        self._on_text = on_text
+        self._on_token = on_token
         self._prompt = tuple(inputs["input_ids"][0].tolist())
         self._tokens: list[int] = []
         self._reason: FinishReason = "length"
@@ -167,13 +171,13 @@ class Speaker:
         ended = token in self._ends
         text = self._stream.push(token)
         full = self._script is None and len(self._tokens) >= self._params.max_tokens
-        if ended or full or self._stream.stopped:
+        self.has_text = ended or full or self._stream.stopped
+        if self.has_text:
             text += self._stream.finish()
         if ended or self._stream.stopped:
             self._reason = "stop"
-        if text:
-            self._on_text(text)
-        return ended or full or self._stream.stopped
+        self._on_token(token, text)
+        return self.has_text
 
 
 def _talker_ends(model: Any) -> dict[str, list[int]]:

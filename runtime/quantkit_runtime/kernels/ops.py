@@ -21,7 +21,8 @@ next layer: the largest layer decides how much that is, and it counts in peak me
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from torch.nn import functional
 from quantkit_runtime.kernels.tiles import PART
 
 _LIBRARY: Any = torch.library.Library("quantkit", "DEF")  # type: ignore[no-untyped-call]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _WEIGHT = "Tensor tiles, Tensor scales, Tensor? zeros"
 
 
@@ -48,6 +50,21 @@ _define(
 _define(f"multiply_sorted(Tensor x, {_WEIGHT}, int group, Tensor expert, Tensor start, int block_rows) -> Tensor")
 
 
+def _on_device_of_first(function: _Function) -> _Function:
+    """Let a function run on the accelerator of its first argument: Triton launches on the current one."""
+
+    @wraps(function)
+    def run(first: Tensor, *rest: Any) -> Any:
+        index = first.device.index
+        if index is None or index == torch.accelerator.current_device_index():
+            return function(first, *rest)
+        with torch.accelerator.device_index(index):
+            return function(first, *rest)
+
+    return cast("_Function", run)
+
+
+@_on_device_of_first
 def linear(
     x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, counters: Tensor,
     group: int, fused_rows: int,
@@ -70,6 +87,7 @@ def linear(
     return out.view(*x.shape[:-1], out_features)
 
 
+@_on_device_of_first
 def linear_fp8(
     x: Tensor, x_scales: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, row_scales: Tensor,
     bias: Tensor | None, group: int,
@@ -84,6 +102,7 @@ def linear_fp8(
     )  # fmt: skip
 
 
+@_on_device_of_first
 def unpack(
     tiles: Tensor, scales: Tensor, zeros: Tensor | None, group: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
@@ -93,6 +112,7 @@ def unpack(
     return launch.unpack(tiles, scales, zeros, group, in_features, dtype)
 
 
+@_on_device_of_first
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """See the operator ``quantize_rows``."""
     from quantkit_runtime.kernels import launch
@@ -100,6 +120,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return launch.quantize_rows(x.contiguous())
 
 
+@_on_device_of_first
 def multiply_experts(
     x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, group: int, top_k: int, order: Tensor,
     expert: Tensor, start: Tensor, weights: Tensor | None, block_rows: int, gated: bool,
@@ -112,6 +133,7 @@ def multiply_experts(
     )
 
 
+@_on_device_of_first
 def multiply_sorted(
     x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, group: int, expert: Tensor, start: Tensor,
     block_rows: int,
@@ -130,7 +152,7 @@ for _name, _function in (
     ("multiply_experts", multiply_experts),
     ("multiply_sorted", multiply_sorted),
 ):
-    # One implementation for every device: Triton compiles for the one its tensors are on.
+    # One implementation for every device: Triton compiles for the current one.
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 

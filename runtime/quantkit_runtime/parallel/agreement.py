@@ -146,3 +146,27 @@ def check_same_latents(latents: Tensor, suspicion: Tensor, step: int, groups: Gr
             f"step {step}: the ranks have drifted apart: their latents differ; all ranks need the same "
             "device type, library versions, and callbacks that do the same"
         )
+
+
+def agree_on(value: int, checksum: int, group: dist.ProcessGroup | None) -> int:
+    """Return the first rank's value, once all ranks have the same checksum; one exchange on the CPU.
+
+    Args:
+        value: Of this rank.
+        checksum: Of what this rank has done so far, of at most 63 bits.
+        group: The ranks that must agree; None is the group of all. Its backend serves the CPU.
+
+    Raises:
+        ParallelError: On every rank, if the checksums differ.
+    """
+    mine = torch.tensor([value, checksum])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    values, checksums = zip(*(theirs.tolist() for theirs in everyone), strict=True)
+    apart = [str(rank) for rank, theirs in enumerate(checksums) if theirs != checksums[0]]
+    if apart:
+        raise ParallelError(
+            f"the ranks have drifted apart: what rank {', '.join(apart)} made differs from what rank 0 made; all "
+            "ranks need the same device type and library versions"
+        )
+    return int(values[0])

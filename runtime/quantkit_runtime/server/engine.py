@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
-from quantkit_runtime.errors import QuantkitRuntimeError
+from quantkit_runtime.errors import ParallelError, QuantkitRuntimeError
 from quantkit_runtime.server.inbox import Inbox
 from quantkit_runtime.server.logs import set_up_logging
 from quantkit_runtime.server.models.base import BatchModel, Cancelled, RequestRefusedError, StreamingModel
@@ -60,7 +60,7 @@ def main() -> None:
     try:
         with ExitStack() as stack:
             model = _start(spec, inbox, stack)
-            engine = Engine(model, inbox, is_first=rank == 0, ranks=spec.ranks)
+            engine = Engine(model, inbox, ranks=spec.ranks)
             inbox.send(Ready(model.info))
             engine.serve()
     except QuantkitRuntimeError as error:
@@ -117,14 +117,12 @@ class Engine:
     Args:
         model: What runs them.
         inbox: Where they come from.
-        is_first: Whether this is the rank whose events count.
         ranks: Number of processes that share the model.
     """
 
-    def __init__(self, model: BatchModel | StreamingModel, inbox: Inbox, *, is_first: bool, ranks: int) -> None:
+    def __init__(self, model: BatchModel | StreamingModel, inbox: Inbox, *, ranks: int) -> None:
         self.model = model
         self.inbox = inbox
-        self._is_first = is_first
         self._ranks = ranks
         self._waiting: list[Any] = []  # messages that came while a batch ran
         self._cancelled: set[str] = set()
@@ -156,7 +154,7 @@ class Engine:
             nonlocal last
             now = time.perf_counter()
             for request in requests:
-                self._send(Progress(request.id, step, steps, now - last))
+                self.inbox.tell(Progress(request.id, step, steps, now - last))
             last = now
             self._receive()
             if all(request.id in self._cancelled for request in requests):
@@ -169,7 +167,8 @@ class Engine:
                 self._fail(request, "cancelled", "cancelled")
         except Exception as error:
             kind, message, param = _classify(error)
-            self._give_up_if_broken(error, kind, message, requests)
+            if kind != "refused" and (self._ranks > 1 or _is_broken(error)):
+                self._give_up(error, kind, message, requests)
             if kind == "out_of_memory":
                 _free_memory(error)
             if len(requests) > 1:  # only one of them may be at fault, or all together were too much
@@ -182,24 +181,32 @@ class Engine:
         else:
             seconds, peak = time.perf_counter() - begin, _peak_memory_bytes()
             for request, result in zip(requests, results, strict=True):
-                self._send(Finished(request.id, result, seconds, peak))
+                self.inbox.tell(Finished(request.id, result, seconds, peak))
 
     def _serve_stream(self, model: StreamingModel) -> None:
         while True:
-            messages = self.inbox.drain() if model.active else [self.inbox.wait()]
+            messages = self._agreed()
+            if not messages and not model.active:
+                messages = [self.inbox.wait()]
             for message in messages:
                 if isinstance(message, Stop):
                     return
                 if isinstance(message, Cancel):
                     if self._streaming.pop(message.id, None) is not None:
                         model.cancel(message.id)
-                        self._send(Failed(message.id, "cancelled", "cancelled"))
+                        self.inbox.tell(Failed(message.id, "cancelled", "cancelled"))
                 else:
                     self._admit(model, message)
-            self.inbox.active = model.active
-            if model.active:
+            if not messages:  # what was admitted is agreed on, so that all ranks make the same step
                 self._step(model)
-                self.inbox.active = model.active
+            self.inbox.active = model.active
+
+    def _agreed(self) -> list[Any]:
+        """Return the messages that are here; the process ends if the ranks have not done the same so far."""
+        try:
+            return self.inbox.drain()
+        except (ParallelError, RuntimeError) as error:  # the latter where another rank is gone
+            self._give_up(error, "internal", "", ())
 
     def _admit(self, model: StreamingModel, message: Run) -> None:
         for request in message.requests:
@@ -210,7 +217,8 @@ class Engine:
             except Exception as error:
                 kind, text, param = _classify(error)
                 log.error("request failed", exc_info=error, extra={"request_id": request.id})
-                self._give_up_if_broken(error, kind, text, [request])
+                if _is_broken(error):  # what one rank alone cannot admit shows before the next step
+                    self._give_up(error, kind, text, [request])
                 self._fail(request, kind, text, param)
             else:
                 self._streaming[request.id] = request
@@ -222,7 +230,8 @@ class Engine:
             kind, text, _ = _classify(error)
             log.error("step failed", exc_info=error)
             requests = list(self._streaming.values())
-            self._give_up_if_broken(error, kind, text, requests)
+            if self._ranks > 1 or _is_broken(error):
+                self._give_up(error, kind, text, requests)
             model.reset()
             _free_memory(error)
             for request in requests:
@@ -232,7 +241,7 @@ class Engine:
         for event in events:
             if isinstance(event, Finished):
                 event = dataclasses.replace(event, peak_memory_bytes=_peak_memory_bytes())  # noqa: PLW2901  (the model does not know it)
-            self._send(event)
+            self.inbox.tell(event)
             if isinstance(event, (Finished, Failed)):
                 self._streaming.pop(event.id, None)
 
@@ -244,23 +253,23 @@ class Engine:
                 self._waiting.append(message)
 
     def _fail(self, request: Request, kind: FailureKind, message: str, param: str | None = None) -> None:
-        self._send(Failed(request.id, kind, message, param))
+        self.inbox.tell(Failed(request.id, kind, message, param))
 
-    def _send(self, message: Any) -> None:
-        if self._is_first:
-            self.inbox.send(message)
-
-    def _give_up_if_broken(
-        self, error: Exception, kind: FailureKind, message: str, requests: Sequence[Request]
-    ) -> None:
+    def _give_up(self, error: Exception, kind: FailureKind, message: str, requests: Sequence[Request]) -> NoReturn:
         """End the process after an error that leaves the device, or the other ranks, in an unknown state."""
-        is_broken = isinstance(error, getattr(_torch(), "AcceleratorError", ()))
-        if kind in ("refused", "cancelled") or (self._ranks == 1 and not is_broken):
-            return
         log.error("engine gives up", exc_info=error)
-        for request in requests:
-            self.inbox.send(Failed(request.id, kind, message))
+        if isinstance(error, ParallelError):
+            self.inbox.send(StartFailed(str(error), is_mistake=False))
+        # The error of one rank may be but the echo of another one's end: then the requests run again.
+        if self._ranks == 1 or kind == "out_of_memory":
+            for request in requests:
+                self.inbox.send(Failed(request.id, kind, message))
         _exit(BROKEN)
+
+
+def _is_broken(error: Exception) -> bool:
+    """Whether an error leaves the device in an unknown state."""
+    return isinstance(error, getattr(_torch(), "AcceleratorError", ()))
 
 
 def _classify(error: Exception) -> tuple[FailureKind, str, str | None]:
@@ -303,7 +312,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _exit(code: int) -> None:
+def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # threads that wait in a library must not keep the process

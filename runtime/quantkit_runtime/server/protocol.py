@@ -261,7 +261,7 @@ class Delta:
 
     id: str
     text: str = ""
-    tokens: int = 0
+    tokens: tuple[int, ...] = ()
     samples: np.ndarray | None = None
     rate: int = 0
 
@@ -349,7 +349,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class StartFailed:
-    """The model cannot be loaded; ``is_mistake`` when starting again cannot help."""
+    """The model cannot be loaded, or the ranks cannot go on; ``is_mistake`` when starting again cannot help."""
 
     message: str
     is_mistake: bool

@@ -91,13 +91,15 @@ def _run(tmp_path, *arguments):
 
 def test_serve_becomes_vllm_and_says_what_is_lost_on_the_way(tmp_path):
     ran, called = _run(
-        tmp_path, "demo", "--port", "8099", "--cfg-parallel", "2", "--limit", "max_queue=3", "--compute", "16bit"
-    )
+        tmp_path, "demo", "--port", "8099", "--cfg-parallel", "2", "--tensor-parallel", "3",
+        "--limit", "max_queue=3", "--compute", "16bit",
+    )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     arguments, key = called
     assert arguments[:3] == ["serve", str(quantkit.demo.path()), "--omni"]
     assert arguments[arguments.index("--port") + 1] == "8099"
     assert arguments[arguments.index("--cfg-parallel-size") + 1] == "2"
+    assert arguments[arguments.index("--tensor-parallel-size") + 1] == "3"
     sampling = json.loads(arguments[arguments.index("--default-sampling-params") + 1])
     assert sampling["0"]["num_inference_steps"] == 20  # the recipe's
     assert key == "secret"

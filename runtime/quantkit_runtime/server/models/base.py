@@ -1,19 +1,35 @@
 """What a kind of model implements to be served.
 
 A module of a kind has ``load(spec: ModelSpec)``, which returns one of the two classes below. Their methods are
-called from the main thread of the engine process, on every rank of a group alike; only the first rank's events
-count.
+called from the main thread of the engine process, on every rank of a group alike. Only the first rank's events are
+sent; that the others have the same is checked before the next step.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from quantkit_runtime.server.protocol import Event, Frames, ModelInfo, Request
+from quantkit_runtime.server.protocol import Event, Frames, ModelInfo, ModelSpec, Request
 
 OnStep = Callable[[int, int], None]
 """Called after each step with its number from 1 and their number; raises `Cancelled` to stop the run there."""
+
+
+def place_of(spec: ModelSpec) -> tuple[Any, Any]:
+    """Return the device of this process, and the mesh of all ranks; no mesh where there is but one.
+
+    Raises:
+        ParallelError: There is no such device.
+    """
+    if spec.ranks == 1:
+        return spec.device, None
+    from quantkit_runtime.parallel import make_mesh
+    from quantkit_runtime.parallel.launch import device_of_rank
+
+    device = device_of_rank(spec.device)
+    return device, make_mesh(device, cfg=spec.cfg_parallel, tensor=spec.tensor_parallel)
 
 
 class Cancelled(Exception):  # noqa: N818  (no error: nobody waits for the result any more)
@@ -79,7 +95,8 @@ class StreamingModel(ABC):
         """Move all active requests on by one step, and return what came out.
 
         Events are `Delta` and `Progress`, and at the end of each request one `Finished` (with an `Answer` or
-        `Frames`) or `Failed`. An exception fails all active requests; `reset` is called then.
+        `Frames`) or `Failed`. An exception fails all active requests; `reset` is called then. On several ranks it
+        ends the process: the others may wait for this one in the middle of the step.
         """
 
     @abstractmethod

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from quantkit_runtime.errors import CheckpointFormatError
+from quantkit_runtime.errors import ParallelError
 from quantkit_runtime.generation.batch import Batch, Piece
 from quantkit_runtime.generation.sampling import SamplingParams
 from quantkit_runtime.generation.speech import SAMPLE_RATE, Speaker, voices
 from quantkit_runtime.generation.writer import writer_of
-from quantkit_runtime.server.models.base import RequestRefusedError, StreamingModel
+from quantkit_runtime.parallel.tensor import group_of
+from quantkit_runtime.server.models.base import RequestRefusedError, StreamingModel, place_of
 from quantkit_runtime.server.models.conversation import Reader
 from quantkit_runtime.server.protocol import (
     Answer,
@@ -57,14 +58,19 @@ def load(spec: ModelSpec) -> ChatModel:
     from quantkit_runtime.optional import import_optional
 
     import_optional("transformers.utils.logging").disable_progress_bar()
-    if spec.ranks > 1:
-        raise CheckpointFormatError(f"{spec.path}: a chat model has no guidance that ranks could share")
+    if spec.cfg_parallel > 1:
+        raise ParallelError(
+            f"--cfg-parallel {spec.cfg_parallel}: {spec.path} is a chat model, which has no guidance to share; "
+            "--tensor-parallel shares its weights"
+        )
+    device, mesh = place_of(spec)
     model = load_model(
         spec.path,
-        device=spec.device,
+        device=device,
         dtype=getattr(torch, spec.dtype),
         compute=spec.compute,
         backend=spec.backend,
+        tensor_parallel=None if mesh is None else mesh["tensor"],
     )
     return ChatModel(model, Reader(Path(spec.path)), max_batch=spec.max_batch, exact=spec.exact)
 
@@ -103,6 +109,7 @@ class ChatModel(StreamingModel):
 
     def __init__(self, model: Any, reader: Reader, *, max_batch: int | None = None, exact: bool = False) -> None:
         self._model = model
+        self._is_shared = group_of(model) is not None
         self._reader = reader
         self._writer = writer_of(model, reader.tokenizer)
         most = max_batch or _MAX_BATCH
@@ -236,7 +243,7 @@ class ChatModel(StreamingModel):
             return [Failed(piece.key, "internal", piece.failure)]
         active = self._active[piece.key]
         active.completion_tokens += 1
-        events: list[Event] = [Delta(piece.key, piece.text, tokens=1)]
+        events: list[Event] = [Delta(piece.key, piece.text, (piece.token,))]
         if piece.finish_reason is not None:
             events.append(self._end(piece.key, piece.finish_reason))
         return events
@@ -250,6 +257,8 @@ class ChatModel(StreamingModel):
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:
+            if self._is_shared and not speaker.has_text:  # the other ranks may wait inside the thinker
+                raise
             log.error("speaking failed", exc_info=error, extra={"request_id": key})
             self._speaker = None
             self._said.clear()
@@ -266,9 +275,9 @@ class ChatModel(StreamingModel):
         return events
 
     def _begin(self, one: _ToSpeak) -> tuple[str, Speaker]:
-        def say(text: str) -> None:
+        def say(token: int, text: str) -> None:
             if one.script is None:
-                self._said.append(Delta(one.key, text, tokens=1))
+                self._said.append(Delta(one.key, text, (token,)))
 
         speaker = Speaker(
             self._model,
@@ -278,7 +287,7 @@ class ChatModel(StreamingModel):
             one.voice,
             script=one.script,
             max_codes=one.max_codes,
-            on_text=say,
+            on_token=say,
         )
         return one.key, speaker
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from quantkit_runtime.errors import CheckpointFormatError, ParallelError
-from quantkit_runtime.server.models.base import BatchModel, OnStep, RequestRefusedError
+from quantkit_runtime.server.models.base import BatchModel, OnStep, RequestRefusedError, place_of
 from quantkit_runtime.server.protocol import Frames, ImageRequest, Kind, ModelInfo, ModelSpec, Request, VideoRequest
 
 OPTIONS = (
@@ -49,14 +49,7 @@ def load_parallel(spec: ModelSpec) -> tuple[Any, Any]:
 
     from quantkit_runtime.load import load_pipeline
 
-    device: Any = spec.device
-    mesh: Any = None
-    if spec.ranks > 1:
-        from quantkit_runtime.parallel import make_mesh
-        from quantkit_runtime.parallel.launch import device_of_rank
-
-        device = device_of_rank(spec.device)
-        mesh = make_mesh(device, cfg=spec.cfg_parallel, tensor=spec.tensor_parallel)
+    device, mesh = place_of(spec)
     pipeline = load_pipeline(
         spec.path,
         device=device,
