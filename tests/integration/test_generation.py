@@ -12,6 +12,7 @@ from quantkit_runtime import load_model
 from quantkit_runtime.generation.batch import Batch
 from quantkit_runtime.generation.sampling import Sampler, SamplingParams
 from quantkit_runtime.generation.text import TextStream
+from quantkit_runtime.generation.writer import writer_of
 from quantkit_runtime.server.models.base import RequestRefusedError
 from quantkit_runtime.server.models.chat import ChatModel
 from quantkit_runtime.server.models.conversation import Reader
@@ -100,7 +101,7 @@ def test_greedy_answers_are_those_of_generate_alone_and_beside_others(folders, n
     inputs = [reader.read(messages) for messages in _messages(folder)]
     expected = [_generate(model, reader, one) for one in inputs]
     assert len({tuple(tokens) for tokens in expected}) == len(expected)
-    batch = Batch(getattr(model, "thinker", model), reader.tokenizer, max_batch=4, exact=exact)
+    batch = Batch(writer_of(model, reader.tokenizer), reader.tokenizer, max_batch=4, exact=exact)
     assert _write(batch, inputs) == expected
     assert [_write(batch, [one])[0] for one in inputs[:2]] == expected[:2]
 
@@ -111,7 +112,7 @@ def test_attention_that_adds_its_mask_writes_the_same_answers(folders):
     inputs = [reader.read(messages) for messages in _messages(folder)]
     expected = [_generate(model, reader, one) for one in inputs]
     model.set_attn_implementation("eager")
-    assert _write(Batch(model, reader.tokenizer, max_batch=4), inputs) == expected
+    assert _write(Batch(writer_of(model, reader.tokenizer), reader.tokenizer, max_batch=4), inputs) == expected
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +316,7 @@ def test_a_step_that_fails_leaves_a_model_that_can_go_on(omni, monkeypatch):
 
 
 def test_logits_that_are_not_finite_end_that_answer_alone(omni, monkeypatch):
-    head = omni._batch._head
+    head = omni._writer._head
 
     def broken(hidden):
         logits = head(hidden)
@@ -324,7 +325,7 @@ def test_logits_that_are_not_finite_end_that_answer_alone(omni, monkeypatch):
         return logits
 
     broken.weight = head.weight
-    monkeypatch.setattr(omni._batch, "_head", broken)
+    monkeypatch.setattr(omni._writer, "_head", broken)
     results = {}
     omni.admit(_request("a"))
     omni.admit(_request("b"))

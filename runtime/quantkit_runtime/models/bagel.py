@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,21 @@ class Cache(Protocol):
         ...
 
 
+class Rows(NamedTuple):
+    """Which tokens of a batch go to which expert: rows of (B * T, ...), int64."""
+
+    und: Tensor
+    gen: Tensor
+
+    @classmethod
+    def of(cls, latent: Tensor) -> Rows:
+        """Return those of a mask (B, T), True for the generation expert; waits for the device."""
+        flat = latent.flatten()
+        return cls((~flat).nonzero()[:, 0], flat.nonzero()[:, 0])
+
+
 def _route(
-    und: Callable[[Tensor], Tensor], gen: Callable[[Tensor], Tensor], x: Tensor, latent: Tensor | None
+    und: Callable[[Tensor], Tensor], gen: Callable[[Tensor], Tensor], x: Tensor, rows: Rows | None
 ) -> Tensor:
     """Send every token to its expert.
 
@@ -44,15 +57,15 @@ def _route(
         und: Understanding expert.
         gen: Generation expert.
         x: (B, T, ...).
-        latent: (B, T) bool, True for tokens of the generation expert; None if there are none.
+        rows: Of each expert; None if all are the first one's.
     """
-    if latent is None:
+    if rows is None:
         return und(x)
-    understood = und(x[~latent])
-    result = understood.new_empty(*latent.shape, *understood.shape[1:])
-    result[~latent] = understood
-    result[latent] = gen(x[latent])
-    return result
+    flat = x.flatten(0, 1)
+    understood, drawn = und(flat[rows.und]), gen(flat[rows.gen])
+    result = drawn.new_empty(flat.shape[0], *drawn.shape[1:])
+    result[rows.und], result[rows.gen] = understood, drawn
+    return result.view(*x.shape[:2], *drawn.shape[1:])
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -88,22 +101,22 @@ class Attention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         is_causal: bool,
-        latent: Tensor | None,
+        rows: Rows | None,
         cache: Cache | None,
     ) -> Tensor:
         """See `DecoderLayer.forward`."""
-        query = self._split(_route(self.q_proj, self.q_proj_moe_gen, hidden_states, latent))
-        key = self._split(_route(self.k_proj, self.k_proj_moe_gen, hidden_states, latent))
-        value = self._split(_route(self.v_proj, self.v_proj_moe_gen, hidden_states, latent)).transpose(1, 2)
-        query = _route(self.q_norm, self.q_norm_moe_gen, query, latent).transpose(1, 2)
-        key = _route(self.k_norm, self.k_norm_moe_gen, key, latent).transpose(1, 2)
+        query = self._split(_route(self.q_proj, self.q_proj_moe_gen, hidden_states, rows))
+        key = self._split(_route(self.k_proj, self.k_proj_moe_gen, hidden_states, rows))
+        value = self._split(_route(self.v_proj, self.v_proj_moe_gen, hidden_states, rows)).transpose(1, 2)
+        query = _route(self.q_norm, self.q_norm_moe_gen, query, rows).transpose(1, 2)
+        key = _route(self.k_norm, self.k_norm_moe_gen, key, rows).transpose(1, 2)
         query, key = _rotate(query, *position_embeddings), _rotate(key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
         attended = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, is_causal=is_causal, enable_gqa=True
         )
-        return _route(self.o_proj, self.o_proj_moe_gen, attended.transpose(1, 2).flatten(2), latent)
+        return _route(self.o_proj, self.o_proj_moe_gen, attended.transpose(1, 2).flatten(2), rows)
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, H * D) to (B, T, H, D)."""
@@ -144,7 +157,7 @@ class DecoderLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         is_causal: bool = False,
-        latent: Tensor | None = None,
+        rows: Rows | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Run the layer.
@@ -154,18 +167,18 @@ class DecoderLayer(nn.Module):
             position_embeddings: Cosine and sine of the rotary angles, each (B or 1, T, D).
             attention_mask: Bool (B or 1, 1, T, S), True where a query may look; None is everywhere.
             is_causal: Whether no token looks ahead; without a mask and what was read before.
-            latent: Bool (B, T), True for tokens of the generation expert; None if there are none.
+            rows: Of each expert; None if all are the understanding one's.
             cache: What was read before, and takes these tokens, too.
 
         Returns:
             (B, T, C).
         """
-        normed = _route(self.input_layernorm, self.input_layernorm_moe_gen, hidden_states, latent)
+        normed = _route(self.input_layernorm, self.input_layernorm_moe_gen, hidden_states, rows)
         hidden_states = hidden_states + self.self_attn(
-            normed, position_embeddings, attention_mask, is_causal, latent, cache
+            normed, position_embeddings, attention_mask, is_causal, rows, cache
         )
-        normed = _route(self.post_attention_layernorm, self.post_attention_layernorm_moe_gen, hidden_states, latent)
-        return hidden_states + _route(self.mlp, self.mlp_moe_gen, normed, latent)
+        normed = _route(self.post_attention_layernorm, self.post_attention_layernorm_moe_gen, hidden_states, rows)
+        return hidden_states + _route(self.mlp, self.mlp_moe_gen, normed, rows)
 
 
 class Decoder(nn.Module):
@@ -196,7 +209,7 @@ class Decoder(nn.Module):
             positions: Int64 (B or 1, T); None is 0 to T - 1. All tokens of a picture have one.
             attention_mask: See `DecoderLayer.forward`; it takes the place of ``is_causal``.
             is_causal: See `DecoderLayer.forward`.
-            latent: See `DecoderLayer.forward`.
+            latent: Bool (B, T), True for tokens of the generation expert; None if there are none.
             cache: See `DecoderLayer.forward`.
 
         Returns:
@@ -205,16 +218,17 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         position_embeddings = self._rotary_angles(positions, hidden_states.dtype)
+        rows = None if latent is None else Rows.of(latent)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
                 is_causal=is_causal and attention_mask is None,
-                latent=latent,
+                rows=rows,
                 cache=cache,
             )
-        return _route(self.norm, self.norm_moe_gen, hidden_states, latent)
+        return _route(self.norm, self.norm_moe_gen, hidden_states, rows)
 
     def _rotary_angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         exponents = torch.arange(0, self.head_dim, 2, device=positions.device).float() / self.head_dim
