@@ -180,6 +180,17 @@ def test_jobs_survive_the_end_of_the_server(settings, tmp_path):
             assert (job["status"], job["seed"]) == ("completed", seed)
 
 
+def test_a_job_is_not_missing_while_the_model_loads_again(settings, tmp_path):
+    choice = settings("videos", state_dir=tmp_path / "state")
+    with serving.running(choice) as server:
+        job = httpx2.post(server.url + PATH, files=form(prompt="x")).json()["id"]
+    with serving.running(choice, wait=False) as server:
+        for path in (PATH, f"{PATH}/{job}", f"{PATH}/{job}/content"):
+            answer = httpx2.get(server.url + path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_not_ready")
+            assert answer.headers["retry-after"] == "5"
+
+
 def test_a_job_that_ran_when_the_server_was_killed_runs_again_but_not_for_ever(tmp_path):
     store = JobStore(tmp_path)
     job, _ = store.create("", "m", {"prompt": "x"}, None, body_hash="", idempotency_key=None)

@@ -69,8 +69,12 @@ class Context:
         """Video jobs.
 
         Raises:
-            ApiError: No model draws videos.
+            ApiError: The models are not loaded yet, or none draws videos.
         """
+        if self.started is None or not self.started.done():
+            raise ApiError(
+                503, "the models are not ready: loading", code="model_not_ready", headers={"Retry-After": "5"}
+            )
         if self.running_jobs is None:
             raise ApiError(404, "no model that draws videos is served", code="not_found")
         return self.running_jobs
