@@ -191,6 +191,10 @@ def load_broken(_spec):
 
 def spec(kind):
     return ModelSpec(path=kind, loader=f"serving:load_{kind}")
+def load_slowly(_spec):
+    time.sleep(600)
+
+
 
 
 @dataclass

@@ -120,8 +120,7 @@ def _lifespan(context: Context) -> Callable[[FastAPI], AbstractAsyncContextManag
             await end_requests(context, "the server stops")
             if context.running_jobs is not None:
                 await context.running_jobs.close()
-            for deployment in deployments:
-                await deployment.engine.stop()
+            await asyncio.gather(*(deployment.engine.stop() for deployment in deployments))
 
     return lifespan
 
