@@ -28,10 +28,11 @@ from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.media import encode_sound
 from quantkit_runtime.server.protocol import Answer, Delta, Finished, Usage
 from quantkit_runtime.server.routes.common import (
-    ERRORS,
+    OF_RUNS,
     Events,
     ask,
     context_of,
+    errors,
     first_of,
     new_id,
     sse,
@@ -41,7 +42,7 @@ from quantkit_runtime.server.routes.common import (
 if TYPE_CHECKING:
     from quantkit_runtime.server.deployment import Deployment
 
-router = APIRouter(prefix="/v1/chat", tags=["chat"], responses=ERRORS)
+router = APIRouter(prefix="/v1/chat", tags=["chat"], responses=errors(*OF_RUNS))
 
 
 @router.post(

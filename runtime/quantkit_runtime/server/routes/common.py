@@ -32,18 +32,24 @@ _MEANINGS = {
     401: "No API key, or a wrong one",
     403: "From a page of another site",
     404: "Unknown model or id",
+    409: "The video is not completed, or the Idempotency-Key was used for another request",
     413: "Body or upload too large",
     415: "Wrong content type",
-    429: "The queue is full; see Retry-After",
+    429: "Too much waits, see Retry-After, or kept videos take too much",
     500: "The model failed",
-    503: "The model is not ready, or its engine was lost",
+    503: "The model is not ready, its engine was lost, or the server stops",
     504: "Not done in time",
     507: "Out of memory",
 }
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": meaning} for status, meaning in _MEANINGS.items()
-}
-"""Answers beside the successful ones, for OpenAPI."""
+TO_ALL = (401, 403)
+"""Statuses that any request may get: the middleware looks who calls."""
+OF_RUNS = (400, 404, 413, 415, 429, 500, 503, 504, 507)
+"""Statuses of requests that a model runs while the caller waits."""
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return what an operation may answer beside its success, for OpenAPI."""
+    return {status: {"model": ErrorBody, "description": _MEANINGS[status]} for status in statuses}
 
 
 @dataclass

@@ -18,11 +18,12 @@ from quantkit_runtime.server.errors import ApiError, bad_request
 from quantkit_runtime.server.media import decode_image, encode_image
 from quantkit_runtime.server.protocol import Finished, Frames, ImageRequest, Progress
 from quantkit_runtime.server.routes.common import (
-    ERRORS,
+    OF_RUNS,
     Events,
     ask,
     client_of,
     context_of,
+    errors,
     first_of,
     new_id,
     sse,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from quantkit_runtime.server.deployment import Deployment
 
-router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERRORS)
+router = APIRouter(prefix="/v1/images", tags=["images"], responses=errors(*OF_RUNS))
 
 
 @router.post(
