@@ -142,5 +142,6 @@ async def _start(context: Context) -> None:
         await deployment.engine.wait_ready()
     draws_videos = [deployment for deployment in deployments if "video" in deployment.info.kinds]
     if draws_videos:
-        store = await asyncio.to_thread(JobStore, context.settings.jobs_folder())
-        context.running_jobs = Jobs(store, draws_videos, context.settings.limits)
+        limits = context.settings.limits
+        store = await asyncio.to_thread(JobStore, context.settings.jobs_folder(), limits.job_ttl_s)
+        context.running_jobs = Jobs(store, draws_videos, limits)

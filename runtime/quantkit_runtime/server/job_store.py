@@ -97,13 +97,15 @@ class JobStore:
 
     Args:
         folder: Made if it is missing, readable by its owner alone.
+        ttl_s: Time that a job is kept after its end.
 
     Raises:
         SettingsError: The folder cannot be used.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ttl_s: float) -> None:
         self._folder = folder
+        self._ttl_s = ttl_s
         self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -194,7 +196,7 @@ class JobStore:
                 (identity,),
             )
 
-    def complete(self, identity: str, video: bytes, ttl_s: float) -> None:
+    def complete(self, identity: str, video: bytes) -> None:
         """Keep the video of a job, unless it was deleted meanwhile."""
         _write(self.video_file(identity), video)
         now = time.time()
@@ -202,19 +204,19 @@ class JobStore:
             done = database.execute(
                 "UPDATE jobs SET status = 'completed', completed_at = ?, expires_at = ?, bytes = bytes + ? "
                 "WHERE id = ?",
-                (now, now + ttl_s, len(video), identity),
+                (now, now + self._ttl_s, len(video), identity),
             )
             if done.rowcount == 0:
                 self._unlink(identity)
 
-    def fail(self, identity: str, code: str, message: str, ttl_s: float) -> None:
+    def fail(self, identity: str, code: str, message: str) -> None:
         """End a job without a video."""
         now = time.time()
         with self._transaction() as database:
             database.execute(
                 "UPDATE jobs SET status = 'failed', completed_at = ?, expires_at = ?, error_code = ?, "
                 "error_message = ? WHERE id = ?",
-                (now, now + ttl_s, code, message, identity),
+                (now, now + self._ttl_s, code, message, identity),
             )
 
     def delete(self, identity: str, owner: str) -> bool:
@@ -262,15 +264,17 @@ class JobStore:
             database.executescript(_SCHEMA)
             database.execute(f"PRAGMA user_version = {_VERSION}")
             # What ran when the last server ended runs again, but not for ever: it may be what ended it.
+            now = time.time()
             database.execute(
-                "UPDATE jobs SET status = 'failed', completed_at = ?, error_code = 'server_stopped', "
+                "UPDATE jobs SET status = 'failed', completed_at = ?, expires_at = ?, "
+                "error_code = 'server_stopped', "
                 "error_message = 'the server ended ' || tries || ' times while this ran' "
                 "WHERE status = 'in_progress' AND tries >= ?",
-                (time.time(), _MAX_TRIES),
+                (now, now + self._ttl_s, _MAX_TRIES),
             )
             database.execute("UPDATE jobs SET status = 'queued' WHERE status = 'in_progress'")
             known = {row["id"] for row in database.execute("SELECT id FROM jobs")}
-        for file in (*self._folder.glob("video_*.*"),):  # of jobs that were never acknowledged, or are deleted
+        for file in list(self._folder.glob("video_*.*")):  # of jobs that were never acknowledged, or are deleted
             if file.name.partition(".")[0] not in known:
                 file.unlink(missing_ok=True)
 

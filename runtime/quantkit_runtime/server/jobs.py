@@ -151,7 +151,6 @@ class Jobs:
                 self._progress.pop(job.id, None)
 
     async def _run(self, job: Job, deployment: Deployment) -> None:
-        ttl_s = self._limits.job_ttl_s
         try:
             asked = await asyncio.to_thread(self._request, job)
             ticket = deployment.scheduler.submit(asked, _CLIENT, timeout_s=None, bounded=False)
@@ -161,12 +160,12 @@ class Jobs:
                 elif isinstance(event, Finished):
                     assert isinstance(event.result, Frames)
                     video = await asyncio.to_thread(encode_mp4, event.result.pixels, asked.fps)
-                    await asyncio.to_thread(self._store.complete, job.id, video, ttl_s)
+                    await asyncio.to_thread(self._store.complete, job.id, video)
         except ApiError as error:
-            await asyncio.to_thread(self._store.fail, job.id, error.code or "failed", error.message, ttl_s)
+            await asyncio.to_thread(self._store.fail, job.id, error.code or "failed", error.message)
         except Exception as error:
             log.error("job failed", exc_info=error, extra={"job": job.id})
-            await asyncio.to_thread(self._store.fail, job.id, "internal_error", "the server failed on it", ttl_s)
+            await asyncio.to_thread(self._store.fail, job.id, "internal_error", "the server failed on it")
 
     def _request(self, job: Job) -> VideoRequest:
         fields: dict[str, Any] = dict(job.request)

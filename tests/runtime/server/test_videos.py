@@ -14,6 +14,7 @@ from quantkit_runtime.server.job_store import JobStore
 from quantkit_runtime.server.settings import SettingsError
 
 PATH = "/v1/videos"
+TTL_S = 100.0
 
 
 @pytest.fixture
@@ -192,29 +193,30 @@ def test_a_job_is_not_missing_while_the_model_loads_again(settings, tmp_path):
 
 
 def test_a_job_that_ran_when_the_server_was_killed_runs_again_but_not_for_ever(tmp_path):
-    store = JobStore(tmp_path)
+    store = JobStore(tmp_path, TTL_S)
     job, _ = store.create("", "m", {"prompt": "x"}, None, body_hash="", idempotency_key=None)
     for tries in (1, 2, 3):
         started = store.start_next("m")
         assert (started.id, started.tries) == (job.id, tries)
         store.close()  # as a killed server leaves it: in progress
-        store = JobStore(tmp_path)
+        store = JobStore(tmp_path, TTL_S)
     ended = store.get(job.id, "")
     assert (ended.status, ended.error_code) == ("failed", "server_stopped")
     assert "3 times" in ended.error_message
+    assert ended.expires_at == ended.completed_at + TTL_S
     store.close()
 
 
 def test_files_that_no_job_owns_are_removed_at_the_start(tmp_path):
     (tmp_path / "video_stray.mp4").touch()
     (tmp_path / "notes.txt").touch()
-    JobStore(tmp_path).close()
+    JobStore(tmp_path, TTL_S).close()
     assert {file.name for file in tmp_path.iterdir()} >= {"notes.txt", "jobs.sqlite"}
     assert not (tmp_path / "video_stray.mp4").exists()
 
 
 def test_jobs_are_seen_by_their_owner_alone(tmp_path):
-    store = JobStore(tmp_path)
+    store = JobStore(tmp_path, TTL_S)
     job, _ = store.create("key-1", "m", {}, None, body_hash="", idempotency_key="k")
     other, is_new = store.create("key-2", "m", {}, None, body_hash="", idempotency_key="k")
     assert is_new
@@ -225,18 +227,18 @@ def test_jobs_are_seen_by_their_owner_alone(tmp_path):
 
 
 def test_a_folder_in_use_or_of_another_version_is_refused(tmp_path):
-    store = JobStore(tmp_path)
+    store = JobStore(tmp_path, TTL_S)
     with pytest.raises(SettingsError, match="another server uses it"):
-        JobStore(tmp_path)
+        JobStore(tmp_path, TTL_S)
     store.close()
     with sqlite3.connect(tmp_path / "jobs.sqlite") as database:
         database.execute("PRAGMA user_version = 99")
     database.close()
     with pytest.raises(SettingsError, match="version 99"):
-        JobStore(tmp_path)
+        JobStore(tmp_path, TTL_S)
 
 
 def test_a_damaged_database_is_a_clear_error(tmp_path):
     (tmp_path / "jobs.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(SettingsError, match="move it away"):
-        JobStore(tmp_path)
+        JobStore(tmp_path, TTL_S)
