@@ -49,6 +49,7 @@ _LISTS = {
     "desc": "SELECT * FROM jobs WHERE owner = ? AND (? IS NULL OR number < (SELECT number FROM jobs WHERE id = ?)) "
     "ORDER BY number DESC LIMIT ?",
 }
+_BY_KEY = "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?"
 _VERSION = 1
 _MAX_TRIES = 3
 
@@ -145,9 +146,7 @@ class JobStore:
         identity = f"video_{uuid.uuid4().hex}"
         with self._transaction() as database:
             if idempotency_key is not None:
-                found = database.execute(
-                    "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?", (owner, idempotency_key)
-                ).fetchone()
+                found = database.execute(_BY_KEY, (owner, idempotency_key)).fetchone()
                 if found is not None:
                     return _job(found), False
             if picture is not None:
@@ -167,6 +166,12 @@ class JobStore:
             row = self._database.execute(
                 "SELECT * FROM jobs WHERE id = ? AND owner = ?", (identity, owner)
             ).fetchone()
+        return _job(row) if row is not None else None
+
+    def made_by(self, owner: str, idempotency_key: str) -> Job | None:
+        """Return the job of this owner's that a key was used for."""
+        with self._lock:
+            row = self._database.execute(_BY_KEY, (owner, idempotency_key)).fetchone()
         return _job(row) if row is not None else None
 
     def list_of(

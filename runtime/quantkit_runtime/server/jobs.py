@@ -58,6 +58,23 @@ class Jobs:
         Raises:
             ApiError: Too many jobs wait, their files take too much, or the key was used for something else.
         """
+        if idempotency_key is not None:
+            made = await asyncio.to_thread(self._store.made_by, owner, idempotency_key)
+            if made is not None:
+                return _of_same_request(made, body_hash)
+        await self._check_room()
+        picture = None
+        if asked.image is not None:
+            picture = await asyncio.to_thread(encode_image, asked.image)
+        fields = {name: value for name, value in vars(asked).items() if name not in ("id", "image")}
+        job, is_new = await asyncio.to_thread(
+            self._store.create, owner, model, fields, picture, body_hash=body_hash, idempotency_key=idempotency_key
+        )
+        if is_new:
+            self._arrived[model].set()
+        return _of_same_request(job, body_hash)
+
+    async def _check_room(self) -> None:
         waiting, size = await asyncio.to_thread(self._store.usage)
         if waiting >= self._limits.max_jobs:
             raise ApiError(
@@ -69,21 +86,6 @@ class Jobs:
                 429, f"kept videos take {size} bytes of {self._limits.job_quota_bytes}; delete some first",
                 code="storage_full",
             )  # fmt: skip
-        picture = None
-        if asked.image is not None:
-            picture = await asyncio.to_thread(encode_image, asked.image)
-        fields = {name: value for name, value in vars(asked).items() if name not in ("id", "image")}
-        job, is_new = await asyncio.to_thread(
-            self._store.create, owner, model, fields, picture, body_hash=body_hash, idempotency_key=idempotency_key
-        )
-        if not is_new and job.body_hash != body_hash:
-            raise ApiError(
-                409, "Idempotency-Key: was used for another request", param="Idempotency-Key",
-                code="idempotency_key_reused",
-            )  # fmt: skip
-        if is_new:
-            self._arrived[model].set()
-        return job
 
     async def get(self, identity: str, owner: str) -> Job:
         """Return a job.
@@ -179,6 +181,15 @@ class Jobs:
             soonest = await asyncio.to_thread(self._store.expire)
             now = time.time()
             await asyncio.sleep(max(_SWEEP_S, min(soonest or now + 3600, now + 3600) - now))
+
+
+def _of_same_request(job: Job, body_hash: str) -> Job:
+    if job.body_hash != body_hash:
+        raise ApiError(
+            409, "Idempotency-Key: was used for another request", param="Idempotency-Key",
+            code="idempotency_key_reused",
+        )  # fmt: skip
+    return job
 
 
 _UNLIMITED = Limits(max_upload_bytes=2**40, max_upload_pixels=2**40)  # it was checked when it came

@@ -158,6 +158,19 @@ def test_too_many_jobs_and_too_much_storage_are_429(serve):
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "storage_full")
 
 
+def test_a_job_that_fills_the_queue_is_found_again_by_its_key(serve):
+    client = serve("videos", max_jobs=1)
+    running = client.post(PATH, files=form(prompt="slow", num_inference_steps=50)).json()["id"]
+    serving.until(lambda: client.get(f"{PATH}/{running}").json()["status"] == "in_progress")
+    last = {"files": form(prompt="x", seed=1), "headers": {"Idempotency-Key": "last"}}
+    made = client.post(PATH, **last)
+    assert client.post(PATH, files=form(prompt="x")).status_code == 429
+    again = client.post(PATH, **last)
+    assert (again.status_code, again.json()["id"]) == (200, made.json()["id"])
+    for identity in (made.json()["id"], running):
+        client.delete(f"{PATH}/{identity}")
+
+
 def test_a_finished_video_expires(serve):
     client = serve("videos", job_ttl_s=0.5)
     made = client.post(PATH, files=form(prompt="x")).json()
