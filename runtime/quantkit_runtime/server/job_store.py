@@ -43,11 +43,12 @@ CREATE TABLE IF NOT EXISTS jobs (
 CREATE UNIQUE INDEX IF NOT EXISTS by_key ON jobs (owner, idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX IF NOT EXISTS by_status ON jobs (status, number);
 """
+_BY_ID = "SELECT * FROM jobs WHERE id = ? AND owner = ? AND (expires_at IS NULL OR expires_at > ?)"
 _LISTS = {
-    "asc": "SELECT * FROM jobs WHERE owner = ? AND (? IS NULL OR number > (SELECT number FROM jobs WHERE id = ?)) "
-    "ORDER BY number ASC LIMIT ?",
-    "desc": "SELECT * FROM jobs WHERE owner = ? AND (? IS NULL OR number < (SELECT number FROM jobs WHERE id = ?)) "
-    "ORDER BY number DESC LIMIT ?",
+    "asc": "SELECT * FROM jobs WHERE owner = ? AND (expires_at IS NULL OR expires_at > ?) "
+    "AND (? IS NULL OR number > (SELECT number FROM jobs WHERE id = ?)) ORDER BY number ASC LIMIT ?",
+    "desc": "SELECT * FROM jobs WHERE owner = ? AND (expires_at IS NULL OR expires_at > ?) "
+    "AND (? IS NULL OR number < (SELECT number FROM jobs WHERE id = ?)) ORDER BY number DESC LIMIT ?",
 }
 _BY_KEY = "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?"
 _VERSION = 1
@@ -163,9 +164,7 @@ class JobStore:
     def get(self, identity: str, owner: str) -> Job | None:
         """Return a job of this owner's."""
         with self._lock:
-            row = self._database.execute(
-                "SELECT * FROM jobs WHERE id = ? AND owner = ?", (identity, owner)
-            ).fetchone()
+            row = self._database.execute(_BY_ID, (identity, owner, time.time())).fetchone()
         return _job(row) if row is not None else None
 
     def made_by(self, owner: str, idempotency_key: str) -> Job | None:
@@ -179,7 +178,7 @@ class JobStore:
     ) -> tuple[list[Job], bool]:
         """Return jobs of this owner's behind another one, and whether there are more."""
         with self._lock:
-            rows = self._database.execute(_LISTS[order], (owner, after, after, limit + 1)).fetchall()
+            rows = self._database.execute(_LISTS[order], (owner, time.time(), after, after, limit + 1)).fetchall()
         return [_job(row) for row in rows[:limit]], len(rows) > limit
 
     def start_next(self, model: str) -> Job | None:
@@ -232,15 +231,13 @@ class JobStore:
                 self._unlink(identity)
             return bool(done.rowcount)
 
-    def expire(self) -> float | None:
-        """Delete what has expired; return when the next will."""
+    def expire(self) -> None:
+        """Delete what has expired."""
         with self._transaction() as database:
             rows = database.execute("SELECT id FROM jobs WHERE expires_at <= ?", (time.time(),)).fetchall()
             for row in rows:
                 database.execute("DELETE FROM jobs WHERE id = ?", (row["id"],))
                 self._unlink(row["id"])
-            soonest = database.execute("SELECT MIN(expires_at) AS at FROM jobs").fetchone()["at"]
-        return None if soonest is None else float(soonest)
 
     def usage(self) -> tuple[int, int]:
         """Return how many jobs wait, and the bytes of all files."""

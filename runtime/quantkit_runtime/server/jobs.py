@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from quantkit_runtime.server.deployment import Deployment
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _CLIENT = "jobs"  # of the scheduler: jobs and requests take turns
 _SWEEP_S = 60.0
+_RETRY_S = 10.0
 
 
 class Jobs:
@@ -30,14 +31,17 @@ class Jobs:
         limits: On their number, time and size.
     """
 
-    def __init__(self, store: JobStore, deployments: Iterable[Deployment], limits: Limits) -> None:
+    def __init__(self, store: JobStore, deployments: Sequence[Deployment], limits: Limits) -> None:
         self._store = store
         self._limits = limits
         self._arrived = {deployment.name: asyncio.Event() for deployment in deployments}
         self._progress: dict[str, int] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._workers = [asyncio.create_task(self._work(deployment)) for deployment in deployments]
-        self._workers.append(asyncio.create_task(self._sweep()))
+        rounds: list[Callable[[], Awaitable[None]]] = [
+            *(partial(self._work, deployment) for deployment in deployments),
+            self._sweep,
+        ]
+        self._workers = [asyncio.create_task(_for_ever(work)) for work in rounds]
 
     async def stop(self) -> None:
         """Run no more jobs; what runs is queued again for the next start."""
@@ -94,7 +98,7 @@ class Jobs:
             ApiError: There is none of this id and owner.
         """
         job = await asyncio.to_thread(self._store.get, identity, owner)
-        if job is None or (job.expires_at is not None and job.expires_at <= time.time()):
+        if job is None:
             raise ApiError(404, "id: no such video; it may have expired", param="id", code="video_not_found")
         return job
 
@@ -133,24 +137,26 @@ class Jobs:
         return 100 if job.status == "completed" else self._progress.get(job.id, 0)
 
     async def _work(self, deployment: Deployment) -> None:
+        """Run the next job, or wait for one."""
         arrived = self._arrived[deployment.name]
-        while True:
-            arrived.clear()
-            job = await asyncio.to_thread(self._store.start_next, deployment.name)
-            if job is None:
-                await arrived.wait()
-                continue
-            task = self._running[job.id] = asyncio.create_task(self._run(job, deployment))
-            try:
-                await asyncio.wait({task})
-            except asyncio.CancelledError:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-                await asyncio.to_thread(self._store.requeue, job.id)
-                raise
-            finally:
-                del self._running[job.id]
-                self._progress.pop(job.id, None)
+        arrived.clear()
+        job = await asyncio.to_thread(self._store.start_next, deployment.name)
+        if job is None:
+            await arrived.wait()
+            return
+        task = self._running[job.id] = asyncio.create_task(self._run(job, deployment))
+        try:
+            await asyncio.wait({task})
+            if not task.cancelled():
+                task.result()
+        except BaseException:  # the server stops, or what became of the job could not be written
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.to_thread(self._store.requeue, job.id)
+            raise
+        finally:
+            del self._running[job.id]
+            self._progress.pop(job.id, None)
 
     async def _run(self, job: Job, deployment: Deployment) -> None:
         try:
@@ -177,10 +183,18 @@ class Jobs:
         return VideoRequest(id=f"{job.id}.{job.tries}", **fields)
 
     async def _sweep(self) -> None:
-        while True:
-            soonest = await asyncio.to_thread(self._store.expire)
-            now = time.time()
-            await asyncio.sleep(max(_SWEEP_S, min(soonest or now + 3600, now + 3600) - now))
+        await asyncio.to_thread(self._store.expire)
+        await asyncio.sleep(_SWEEP_S)
+
+
+async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
+    """Do something again and again; a store that fails, as on a full disk, may work later."""
+    while True:
+        try:
+            await work()
+        except Exception as error:
+            log.error("video jobs wait: the store fails", exc_info=error)
+            await asyncio.sleep(_RETRY_S)
 
 
 def _of_same_request(job: Job, body_hash: str) -> Job:

@@ -177,6 +177,30 @@ def test_a_finished_video_expires(serve):
     assert finished(client, made["id"])["status"] == "completed"
     time.sleep(0.5)
     assert client.get(f"{PATH}/{made['id']}").status_code == 404
+    assert client.get(PATH).json()["data"] == []
+
+
+def test_jobs_go_on_when_the_store_works_again(settings, monkeypatch, caplog):
+    monkeypatch.setattr("quantkit_runtime.server.jobs._RETRY_S", 0.05)
+    with serving.running(settings("videos")) as server, httpx2.Client(base_url=server.url) as client:
+        store = server.context.running_jobs._store
+        for name in ("start_next", "complete", "fail"):
+            monkeypatch.setattr(store, name, failing_once(getattr(store, name)))
+        job = client.post(PATH, files=form(prompt="x")).json()["id"]
+        assert finished(client, job)["status"] == "completed"
+    assert caplog.text.count("video jobs wait: the store fails") == 2
+
+
+def failing_once(work):
+    """Return a function that fails as on a full disk before it does what it should."""
+    errors = [sqlite3.OperationalError("database or disk is full")]
+
+    def call(*arguments):
+        if errors:
+            raise errors.pop()
+        return work(*arguments)
+
+    return call
 
 
 def test_jobs_survive_the_end_of_the_server(settings, tmp_path):
@@ -203,6 +227,7 @@ def test_a_job_is_not_missing_while_the_model_loads_again(settings, tmp_path):
             answer = httpx2.get(server.url + path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_not_ready")
             assert answer.headers["retry-after"] == "5"
+        serving.until(server.context.started.done)
 
 
 def test_a_job_that_ran_when_the_server_was_killed_runs_again_but_not_for_ever(tmp_path):
