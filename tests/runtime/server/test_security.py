@@ -180,6 +180,10 @@ def test_an_id_that_could_forge_log_lines_is_replaced(serve):
         (["m", "--limit", "max_speed=3"], "NAME=VALUE"),
         (["m", "--limit", "max_queue=0"], "positive whole number"),
         (["m", "--limit", "max_queue=many"], "positive whole number"),
+        (["m", "--port", "70000"], "--port 70000: must be between 0 and 65535"),
+        (["m", "--drain", "nan"], "--drain nan: must be a number of seconds"),
+        (["m", "--drain", "-1"], "--drain -1: must be a number of seconds"),
+        (["m", "--engine", "ray", "--target-requests", "0"], "--target-requests 0: must be a positive number"),
     ],
 )
 def test_options_that_cannot_be_used_are_named(arguments, words):
