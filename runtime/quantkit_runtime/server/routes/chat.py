@@ -97,7 +97,7 @@ async def _completion(
         id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=deployment.name,
-        choices=[Choice(message=message, finish_reason=_reason(finished.result))],
+        choices=[Choice(message=message, finish_reason=finished.result.finish_reason)],
         usage=_usage(finished.result.usage),
     )
     headers = {"X-Model": deployment.name, "X-Inference-Time-S": f"{finished.seconds:.3f}"}
@@ -117,7 +117,7 @@ async def _pieces(events: Events, body: ChatBody, deployment: Deployment) -> Asy
                         yield sse(None, chunk(identity, created, name, delta, None))
                 elif isinstance(event, Finished):
                     assert isinstance(event.result, Answer)
-                    yield sse(None, chunk(identity, created, name, {}, _reason(event.result)))
+                    yield sse(None, chunk(identity, created, name, {}, event.result.finish_reason))
                     if body.stream_options is not None and body.stream_options.include_usage:
                         usage = _usage(event.result.usage).model_dump()
                         yield sse(None, chunk(identity, created, name, None, None) | {"usage": usage})
@@ -135,10 +135,6 @@ def _deltas(event: Delta, audio_id: str) -> list[dict[str, Any]]:
         data = base64.b64encode(encode_sound(event.samples, event.rate, "pcm16")).decode()
         deltas.append({"audio": {"id": audio_id, "data": data}})
     return deltas
-
-
-def _reason(answer: Answer) -> Any:
-    return answer.finish_reason
 
 
 def _usage(usage: Usage) -> UsageBody:

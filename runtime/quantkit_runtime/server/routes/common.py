@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from quantkit_runtime.server.deployment import Deployment, Deployments
     from quantkit_runtime.server.jobs import Jobs
     from quantkit_runtime.server.metrics import Metrics
+    from quantkit_runtime.server.scheduler import Ticket
     from quantkit_runtime.server.settings import Settings
 
 T = TypeVar("T")
@@ -117,6 +118,16 @@ def ask(request: Request, deployment: Deployment, asked: Asked, user: str | None
     timeout_s = context_of(request).settings.limits.request_timeout_s
     scheduler = deployment.scheduler
     return scheduler.follow(scheduler.submit(asked, client_of(request, user), timeout_s=timeout_s))
+
+
+def cost_headers(deployment: Deployment, finished: Finished, ticket: Ticket) -> dict[str, str]:
+    """Return headers that tell what made an answer, and what that took."""
+    return {
+        "X-Model": deployment.name,
+        "X-Inference-Time-S": f"{finished.seconds:.3f}",
+        "X-Queue-Time-S": f"{ticket.wait_s or 0:.3f}",
+        "X-Peak-Memory-MB": f"{finished.peak_memory_bytes / 2**20:.0f}",
+    }
 
 
 async def first_of(events: Events) -> Events:

@@ -16,6 +16,7 @@ from quantkit_runtime.server.routes.common import (
     OF_RUNS,
     client_of,
     context_of,
+    cost_headers,
     errors,
     new_id,
     owner_of,
@@ -121,11 +122,7 @@ async def _draw(request: Request, body: VideoForm, asked: VideoRequest, deployme
     finished, ticket = await deployment.scheduler.run(asked, client_of(request, body.user), timeout_s=timeout_s)
     assert isinstance(finished.result, Frames)
     video = await asyncio.to_thread(encode_mp4, finished.result.pixels, asked.fps)
-    headers = {
-        "X-Model": deployment.name,
-        "X-Inference-Time-S": f"{finished.seconds:.3f}",
-        "X-Queue-Time-S": f"{ticket.wait_s or 0:.3f}",
-        "X-Peak-Memory-MB": f"{finished.peak_memory_bytes / 2**20:.0f}",
+    headers = cost_headers(deployment, finished, ticket) | {
         "X-Num-Frames": str(len(finished.result.pixels)),
         "X-Seed": str(asked.seed),
     }
