@@ -87,7 +87,6 @@ def test_a_name_that_does_not_exist_is_refused_whatever_the_model(plain, packed,
 
 @pytest.mark.parametrize("chosen", [{"compute": "fp8"}, {"backend": "reference"}])
 def test_loading_refuses_a_choice_that_would_change_nothing(plain, chosen):
-    pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
     with pytest.raises(BackendUnavailableError, match="plain is not quantized"):
         load_pipeline(plain, **chosen)
     write(plain, transformer__config={"_class_name": "FluxTransformer2DModel"})

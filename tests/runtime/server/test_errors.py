@@ -93,6 +93,16 @@ def test_a_documented_error_is_answered(serve, loading, method, path, status):
     assert answer.status_code == status, answer.text
 
 
+def test_a_replica_of_a_cluster_does_not_document_the_jobs_that_it_refuses(settings, monkeypatch):
+    from quantkit_runtime.server import cluster
+
+    monkeypatch.setattr(cluster, "set_up_logging", lambda *_arguments, **_options: None)
+    replica = cluster.Replica(settings("videos"))
+    paths = replica.__serve_build_asgi_app__().openapi()["paths"]
+    assert [path for path in paths if "videos" in path] == ["/v1/videos/sync"]
+    replica._folder.cleanup()  # what it keeps goes with it
+
+
 def authorized(client):
     client.headers["Authorization"] = f"Bearer {KEY}"
     return client
