@@ -100,11 +100,6 @@ class ModelFolder:
         return "config.json" if SINGLE_MODEL in self.components else "model_index.json"
 
     @property
-    def is_packed(self) -> bool:
-        """Whether one of its components is quantized, see `Component.quantization`."""
-        return any(component.quantization is not None for component in self.components.values())
-
-    @property
     def other_files(self) -> list[Path]:
         """Files that belong to no component, such as ``model_index.json`` and a model card."""
         inside = {component.folder for component in self.components.values()}

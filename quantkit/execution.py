@@ -1,4 +1,4 @@
-"""Where and how a model runs: device, dtype, compute mode and kernels by the names that options give them."""
+"""Where and how a model runs: device and dtype by the names that options give them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from quantkit.errors import MissingExtraError, RecipeError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -51,37 +49,3 @@ def resolve_dtype(name: str) -> torch.dtype:
         raise RecipeError(f"dtype: '{name}' is unknown; use one of {', '.join(DTYPES)}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def check_backend(name: str) -> None:
-    """Refuse a kernel backend that does not exist.
-
-    Raises:
-        RecipeError: With the known ones.
-    """
-    # The loader looks at the name only when it meets a packed layer; a misspelt one must not pass without.
-    from quantkit_runtime.kernels import backends
-
-    known = ["auto", *(backend.name for backend in backends("linear"))]
-    if name not in known:
-        raise RecipeError(f"backend: '{name}' is unknown; use one of {', '.join(known)}")
-
-
-def check_compute(name: str, model: Path, *, packed: bool) -> None:
-    """Refuse a compute mode that does not exist, or that would change nothing.
-
-    Args:
-        name: As the option gives it.
-        model: What is to compute so.
-        packed: Whether that has packed layers.
-
-    Raises:
-        RecipeError: With the known ones.
-    """
-    from quantkit_runtime.kernels.dispatch import COMPUTE_MODES
-
-    known = ["auto", *COMPUTE_MODES]
-    if name not in known:
-        raise RecipeError(f"compute: '{name}' is unknown; use one of {', '.join(known)}")
-    if name == "fp8" and not packed:
-        raise RecipeError(f"compute: '{name}' is for packed layers, of which {model} has none; leave it out")

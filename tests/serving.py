@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import os
+import re
 import signal
 import threading
 import time
@@ -118,6 +119,7 @@ class FakeChat(StreamingModel):
     def admit(self, request):
         if isinstance(request, SpeechRequest):
             words = request.text.split()
+            misbehave(request.text)
             self._left[request.id] = (request, words, time.perf_counter(), len(words))
             return
         words = []
@@ -202,6 +204,10 @@ def load_broken(_spec):
     raise RuntimeError("no such weights")
 
 
+def load_slowly(_spec):
+    time.sleep(600)
+
+
 def spec(kind):
     return ModelSpec(path=kind, loader=f"serving:load_{kind}")
 
@@ -211,6 +217,7 @@ class Running:
     """A server that runs in a thread of this process."""
 
     url: str
+    document: dict
     context: object
     loop: asyncio.AbstractEventLoop
 
@@ -241,12 +248,24 @@ def running(settings, *, wait=True):
             if wait:
                 until(lambda: context.started is not None and context.started.done(), 120)
                 context.started.result()
-            yield Running(f"http://127.0.0.1:{bound.getsockname()[1]}", context, loop)
+            yield Running(f"http://127.0.0.1:{bound.getsockname()[1]}", server.config.app.openapi(), context, loop)
         finally:
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive(), "the server does not stop"
             loop.close()
+
+
+def check_documented(answer, document):
+    """Check that the OpenAPI document has the status of an answer, if it has the operation."""
+    request = answer.request
+    # What a client asks for literally wins over a parameter: /v1/videos/sync is no video.
+    for path, operations in sorted(document["paths"].items(), key=lambda item: "{" in item[0]):
+        operation = operations.get(request.method.lower())
+        if operation is not None and re.fullmatch(re.sub(r"{\w+}", "[^/]+", path), request.url.path):
+            documented = operation["responses"]
+            assert str(answer.status_code) in documented, f"{request.method} {path} answers {answer.status_code}"
+            return
 
 
 def until(condition, seconds=30.0):

@@ -29,9 +29,9 @@ def load(folder: str, settings: Settings, way: Variant, device: Any, mesh: Any) 
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    chosen = {"compute": settings.compute, "backend": settings.backend} if way.packed else {}
     pipe = load_pipeline(
-        Path(folder, "packed") if way.packed else DEMO, device=device, compute=settings.compute,
-        backend=settings.backend, tensor_parallel=shared,
-    )  # fmt: skip
+        Path(folder, "packed") if way.packed else DEMO, device=device, tensor_parallel=shared, **chosen
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe, {"prompt": list(PROMPTS), "negative_prompt": "", "max_sequence_length": 48}

@@ -141,7 +141,6 @@ def command(
     python -m quantkit_runtime.server.
     """
     from quantkit.checkpoint import open_model
-    from quantkit.execution import check_backend, check_compute
     from quantkit_runtime.server.options import make_cluster, make_settings, parse_defaults, parse_limits
     from quantkit_runtime.server.protocol import ModelSpec
     from quantkit_runtime.server.settings import read_api_keys
@@ -151,7 +150,6 @@ def command(
     opened = open_model(folder)
     given = parse_defaults(default or [])
     defaults = _sampling(opened, sampling_recipe(model, folder, recipe), _check_defaults(given)) | given
-    check_backend(backend)
     if engine != "ray":
         _refuse_ray_options(ray_address, min_replicas, max_replicas, target_requests)
     api_keys = read_api_keys(api_key_file)
@@ -189,7 +187,6 @@ def command(
     models = [(name, str(folder))]
     if reference is not None:
         models.append((reference, str(resolve_model(reference))))
-    check_compute(compute, folder, packed=any(open_model(Path(path)).is_packed for _, path in models))
     loading = ModelSpec(
         str(folder),
         device=device,

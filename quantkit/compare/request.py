@@ -31,7 +31,7 @@ class Request:
         device: ``cpu``, ``cuda``, ``xpu`` ...; ``auto`` is the accelerator if there is one, else the CPU.
         dtype: One of `quantkit.execution.DTYPES`.
         compute: How packed layers compute: ``auto``, ``16bit`` or ``fp8``.
-        backend: Kernel backend of packed layers.
+        backend: Kernel backend of packed layers; like ``compute``, for those of the two models that have some.
         compile: Compile the repeated blocks of both models.
         lpips_backbone: AlexNet weights for LPIPS; None looks in torch hub's cache.
         noise_floor: Whether the reference runs its first shot twice, which shows what differs without quantization.

@@ -23,7 +23,7 @@ from quantkit.compare.summary import by_metric, curve_spreads, summaries
 from quantkit.compare.tasks import open_task
 from quantkit.compare.tasks.base import Context
 from quantkit.errors import UnsupportedModelError
-from quantkit.execution import check_backend, check_compute, resolve_device, resolve_dtype
+from quantkit.execution import resolve_device, resolve_dtype
 from quantkit.families.registry import detect
 from quantkit.families.sizes import check_extent, given_in
 from quantkit.gate.thresholds import DEFAULT_THRESHOLDS, check_names
@@ -31,6 +31,7 @@ from quantkit.gate.verdict import judge
 from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling
 from quantkit.staging import stage
+from quantkit_runtime.choice import check_choice
 
 _BYTES_PER_PIXEL = 9  # three RGB pictures of which PNG makes no more than that
 
@@ -44,8 +45,9 @@ def compare(
     not at all.
 
     Raises:
-        RecipeError: If prompts, seeds, sampling keys, sizes, a metric's name, the device, dtype, compute or
-            backend are no good, or there is no kernel for them here.
+        RecipeError: If prompts, seeds, sampling keys, sizes, a metric's name, the device or dtype are no good, or
+            there is no kernel for them here.
+        BackendUnavailableError: If compute or backend are unknown, or neither model has packed layers to go to.
         UnsupportedModelError: If the family cannot do the task or the architectures differ.
         CheckpointError: If a model cannot be loaded, or the reference does not produce finite values.
         MissingExtraError: If a library that the comparison needs is not installed.
@@ -67,8 +69,7 @@ def compare(
     if not request.any_size:
         check_extent(sampling, given_in(request.sampling))
     device, dtype = resolve_device(request.device), resolve_dtype(request.dtype)
-    check_backend(request.backend)
-    check_compute(request.compute, request.candidate, packed=candidate.is_packed)
+    check_choice(request.reference, request.candidate, compute=request.compute, backend=request.backend)
     for model in (reference, candidate):
         check_kernels(model, device, dtype, compute=request.compute, backend=request.backend)
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from quantkit.checkpoint import open_model
 from quantkit.errors import OutputError, RecipeError, UnsupportedModelError
-from quantkit.execution import check_backend, check_compute, resolve_device, resolve_dtype
+from quantkit.execution import resolve_device, resolve_dtype
 from quantkit.families.registry import detect, get_family
 from quantkit.families.sizes import check_extent, given_in
 from quantkit.generate.media import check_video_encoder
 from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling, Task
 from quantkit.staging import stage
+from quantkit_runtime.choice import check_choice
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".gif", "")
@@ -103,6 +104,7 @@ def prepare(request: Request) -> Job:
 
     Raises:
         RecipeError: If an option does not fit the family or this machine.
+        BackendUnavailableError: If compute or backend are unknown, or the model has no packed layers to go to.
         UnsupportedModelError: If no family knows the model, or guidance cannot be run in parallel.
         OutputError: If the output exists (without ``overwrite``), cannot be written or has the wrong suffix.
         MissingExtraError: If a library that the output needs is not installed.
@@ -122,8 +124,7 @@ def prepare(request: Request) -> Job:
     _check_inputs(request.prompt, family.name, family.task)
     resolve_device(request.device)
     resolve_dtype(request.dtype)
-    check_backend(request.backend)
-    check_compute(request.compute, request.model, packed=model.is_packed)
+    check_choice(request.model, compute=request.compute, backend=request.backend)
     ranks = _count_ranks(request)
     if request.cfg_parallel > 1 and not family.is_guided(sampling):
         raise UnsupportedModelError(

@@ -21,6 +21,7 @@ from torch import nn
 from quantkit_runtime.architecture import build_transformers, class_of, find_class, is_own, library_errors
 from quantkit_runtime.assembly import assemble
 from quantkit_runtime.checkpoint import WeightFiles, read_json
+from quantkit_runtime.choice import check_choice
 from quantkit_runtime.compilation import compile_model, compile_pipeline
 from quantkit_runtime.config import QuantizationConfig, quantization_of
 from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, ParallelError
@@ -50,8 +51,8 @@ def load_pipeline(
         path: A local folder with ``model_index.json``, that of a BAGEL, or a hub id.
         device: Where to run, e.g. ``"cpu"`` or ``"cuda:1"``.
         dtype: For all floating weights that are not packed, except those a model class keeps in float32.
-        compute: ``"16bit"``, ``"fp8"`` or ``"auto"``, which is ``"16bit"``.
-        backend: ``"auto"`` or the name of one kernel backend.
+        compute: Of packed layers: ``"16bit"``, ``"fp8"`` or ``"auto"``, which is ``"16bit"``.
+        backend: Of packed layers: ``"auto"`` or the name of one kernel backend.
         compile: Compile the repeated blocks of the denoisers with their first call, see
             :mod:`quantkit_runtime.compilation`; what is going on is logged as ``quantkit_runtime``.
         tensor_parallel: Ranks that share the weights of the denoiser, and of text encoders that can be, packed or
@@ -64,7 +65,8 @@ def load_pipeline(
     Raises:
         ParallelError: The denoiser cannot be shared by so many ranks.
         CheckpointFormatError: The folder is not a pipeline, or its files are damaged, contradictory or unknown.
-        BackendUnavailableError: Device, compute mode or backend are not available here.
+        BackendUnavailableError: Device, compute mode or backend are not available here, or the latter two have no
+            packed layer to go to.
         MissingDependencyError: diffusers is not installed.
         QuantkitRuntimeError: ``compile`` finds no repeated blocks.
     """
@@ -80,6 +82,7 @@ def load_pipeline(
         return _ready(make(folder, model, dtype), target, compile=compile)
     if not index_path.is_file():
         raise CheckpointFormatError(f"{index_path}: missing; give the root folder of a diffusers pipeline")
+    check_choice(folder, compute=compute, backend=backend)
     diffusers = import_optional("diffusers")
     index = read_json(index_path)
     group = _group(tensor_parallel)
@@ -145,8 +148,8 @@ def load_model(
         path: A local folder with ``config.json``, or a hub id.
         device: Where to run.
         dtype: For all floating weights that are not packed, except those a model class keeps in float32.
-        compute: ``"16bit"``, ``"fp8"`` or ``"auto"``, which is ``"16bit"``.
-        backend: ``"auto"`` or the name of one kernel backend.
+        compute: Of packed layers, as above.
+        backend: Of packed layers, as above.
         compile: Compile the repeated blocks with their first call, likewise.
         tensor_parallel: Ranks that share the weights, packed or not: a process group or a device mesh of one
             dimension. Every rank must call the model with the same inputs; it gets the same result.
@@ -156,7 +159,8 @@ def load_model(
 
     Raises:
         CheckpointFormatError: The files are missing, damaged, contradictory or of an unknown kind.
-        BackendUnavailableError: Device, compute mode or backend are not available here.
+        BackendUnavailableError: Device, compute mode or backend are not available here, or the latter two have no
+            packed layer to go to.
         MissingDependencyError: The library of the model's class is not installed.
         QuantkitRuntimeError: ``compile`` finds no repeated blocks.
         ParallelError: The model cannot be shared by so many ranks.
@@ -165,6 +169,7 @@ def load_model(
     folder = local_folder(path)
     config_path = folder / "config.json"
     config = read_json(config_path)
+    check_choice(folder, compute=compute, backend=backend)
     model_class = class_of(config, config_path)
     quantization = quantization_of(config, config_path)
     group = _group(tensor_parallel)

@@ -10,9 +10,9 @@ import pytest
 import rank_jobs
 import torch
 from jobs import read
-from tiny.rounding import round_component
 
 from quantkit_runtime.parallel.launch import launch
+from rounding import round_component
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multi_rank]
 

@@ -226,8 +226,8 @@ def test_an_undecided_comparison_exits_with_3(quantkit, reference, slight, tmp_p
         (["--task", "chat"], "task chat: the family flux does t2i"),
         (["--max-new-tokens", "9"], "flux takes no max_new_tokens"),
         (["--device", "toaster"], "device: 'toaster'"),
-        (["--backend", "nonsense"], "backend: 'nonsense' is unknown"),
-        (["--compute", "int8"], "compute: 'int8' is unknown; use one of auto, 16bit, fp8"),
+        (["--backend", "nonsense"], "backend 'nonsense' does not exist"),
+        (["--compute", "int8"], "compute 'int8' does not exist; use 'auto' or one of ('16bit', 'fp8')"),
         (["--candidate", "nowhere"], "nowhere: no such folder"),
         (["--recipe", "no-such"], "no-such: no such recipe"),
     ],
@@ -285,7 +285,7 @@ def test_packed_layers_without_a_kernel_are_refused_before_the_reference_runs(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_compute_mode_of_packed_layers_is_asked_of_the_runtime_and_recorded(
+def test_compute_mode_and_backend_go_to_the_model_with_packed_layers_and_are_recorded(
     flux_model, rtn_checkpoint, tmp_path, monkeypatch
 ):
     import quantkit_runtime
@@ -293,15 +293,16 @@ def test_the_compute_mode_of_packed_layers_is_asked_of_the_runtime_and_recorded(
     load, asked = quantkit_runtime.load_pipeline, []
 
     def recording(*arguments, **options):
-        asked.append(options["compute"])
+        asked.append((options.get("compute"), options.get("backend")))
         return load(*arguments, **options)
 
     monkeypatch.setattr(quantkit_runtime, "load_pipeline", recording, raising=False)
     request = Request(
-        flux_model, rtn_checkpoint, PROMPTS[:1], (0,), sampling=(SAMPLING,), device="cpu", compute="16bit"
-    )
+        flux_model, rtn_checkpoint, PROMPTS[:1], (0,), sampling=(SAMPLING,), device="cpu", compute="16bit",
+        backend="reference",
+    )  # fmt: skip
     result = compare(request, tmp_path / "result")
-    assert asked == ["16bit", "16bit"]
+    assert asked == [(None, None), ("16bit", "reference")]
     assert result.compute == "16bit"
     assert "compute 16bit" in (tmp_path / "result" / "report.html").read_text(encoding="utf-8")
 

@@ -8,7 +8,7 @@ import torch
 
 from quantkit.families.language import LanguageFamily
 from quantkit.recipe.schema import Sampling
-from tiny.rounding import round_component
+from rounding import round_component
 from tiny.tokenizers import WORDS, chat_tokenizer
 
 FAMILY = LanguageFamily(

@@ -141,18 +141,16 @@ class Task(ABC, Generic[R]):
 
 
 def load_with(loader: Callable[..., Any], folder: Path, context: Context) -> Any:
-    """Call a loader of the runtime, its errors turned into quantkit's."""
+    """Call a loader of the runtime, its errors turned into quantkit's.
+
+    What is chosen for packed layers goes to models that have some: it is refused for the BF16 reference.
+    """
+    from quantkit_runtime.choice import is_packed
     from quantkit_runtime.errors import BackendUnavailableError, QuantkitRuntimeError
 
     try:
-        return loader(
-            folder,
-            device=context.device,
-            dtype=context.dtype,
-            compute=context.compute,
-            backend=context.backend,
-            compile=context.compile,
-        )
+        chosen = {"compute": context.compute, "backend": context.backend} if is_packed(folder) else {}
+        return loader(folder, device=context.device, dtype=context.dtype, compile=context.compile, **chosen)
     except BackendUnavailableError as error:
         raise RecipeError(str(error)) from error
     except QuantkitRuntimeError as error:

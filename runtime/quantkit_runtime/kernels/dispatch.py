@@ -153,15 +153,24 @@ def backends(op: str) -> list[Backend]:
     return sorted(found, key=lambda backend: -backend.priority)
 
 
+def check_backend(op: str, name: str) -> None:
+    """Refuse a name that no backend of an operation has.
+
+    Raises:
+        BackendUnavailableError: With those there are.
+    """
+    if (op, name) not in _REGISTRY:
+        known = ", ".join(backend.name for backend in backends(op))
+        raise BackendUnavailableError(f"backend {name!r} does not exist; use 'auto' or one of: {known}")
+
+
 def why_not(op: str, name: str, spec: LinearSpec | ExpertsSpec) -> str | None:
     """Reason why the named backend cannot serve the layer, or None if it can.
 
     Raises:
         BackendUnavailableError: There is no backend of that name.
     """
-    if (op, name) not in _REGISTRY:
-        known = ", ".join(backend.name for backend in backends(op))
-        raise BackendUnavailableError(f"backend {name!r} does not exist; use 'auto' or one of: {known}")
+    check_backend(op, name)
     return _REGISTRY[op, name].requirement(spec)
 
 

@@ -19,6 +19,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from quantkit_runtime.kernels.tiles import code_ptx
+
 # The barrier of a program's threads was renamed between Triton 3.6 and 3.8.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 # Blocks of rows that follow each other for all output features, so that the L2 cache holds them.
@@ -29,20 +31,12 @@ def _unpacking(ones: int, one: int, kind: str) -> gl.constexpr:
     """Return, for each position of a nibble, PTX that makes a pair of weights out of two words.
 
     Args:
-        ones: Bits of a float whose last four mantissa bits count ones: set to a code, they add it exactly.
+        ones: See `code_ptx`.
         one: Bits of 1.0; a multiplication by it makes the sum an instruction that bf16 has, too.
         kind: Of the pairs.
     """
-    sources = []
-    for position in range(8):
-        half = 0x5410 if position < 4 else 0x7632
-        sources.append(
-            "{ .reg .b32 t, o; "
-            f"prmt.b32 t, $1, $2, {half:#x}; shr.u32 t, t, {4 * (position % 4)}; "
-            f"lop3.b32 t, t, 0x000f000f, {ones * 0x10001:#010x}, 0xea; "
-            f"mov.b32 o, {one * 0x10001:#010x}; fma.rn.{kind} t, t, o, $3; mul.rn.{kind} $0, t, $4; }}"
-        )
-    return gl.constexpr(tuple(sources))
+    scale = f"mov.b32 o, {one * 0x10001:#010x}; fma.rn.{kind} t, t, o, $3; mul.rn.{kind} $0, t, $4;"
+    return gl.constexpr(tuple(f"{{ .reg .b32 t, o; {code_ptx(j, ones)} {scale} }}" for j in range(8)))
 
 
 _BF16 = _unpacking(0x4300, 0x3F80, "bf16x2")  # 128 + code

@@ -12,26 +12,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quantkit_runtime.kernels.tiles import code_ptx
+
 
 def _unpacking(ones: int, minus: int, one: int, kind: str) -> tl.constexpr:
     """Return, for each position of a nibble, PTX that unpacks it out of two words into a pair of 16-bit floats.
 
     Args:
-        ones: Bits of a float whose last four mantissa bits count ones: set to a code, they add it exactly.
+        ones: See `code_ptx`.
         minus: Bits of what to add then.
         one: Bits of 1.0; a multiplication by it makes the sum an instruction that every tensor core GPU has.
         kind: Of the pairs.
     """
-    sources = []
-    for position in range(8):
-        half = 0x5410 if position < 4 else 0x7632
-        sources.append(
-            "{ .reg .b32 t, c, o; "
-            f"prmt.b32 t, $1, $2, {half:#x}; shr.u32 t, t, {4 * (position % 4)}; "
-            f"lop3.b32 t, t, 0x000f000f, {ones * 0x10001:#010x}, 0xea; "
-            f"mov.b32 c, {minus * 0x10001:#010x}; mov.b32 o, {one * 0x10001:#010x}; fma.rn.{kind} $0, t, o, c; }}"
-        )
-    return tl.constexpr(tuple(sources))
+    shift = f"mov.b32 c, {minus * 0x10001:#010x}; mov.b32 o, {one * 0x10001:#010x}; fma.rn.{kind} $0, t, o, c;"
+    return tl.constexpr(tuple(f"{{ .reg .b32 t, c, o; {code_ptx(j, ones)} {shift} }}" for j in range(8)))
 
 
 # bf16: 128 + code, then -136 or -128. fp16: 1024 + code, then -1032 or -1024. The midpoint of symmetric codes is 8.

@@ -70,6 +70,20 @@ def from_tiles(tiles: Tensor, scheme: Scheme, in_features: int) -> Tensor:
     return pack_codes(codes.reshape(out_features, -1)[:, :in_features].contiguous(), scheme)
 
 
+def code_ptx(position: int, ones: int) -> str:
+    """Return PTX that sets codes into a pair of 16-bit floats: ``t`` from the words ``$1`` and ``$2``.
+
+    Args:
+        position: Of the nibble.
+        ones: Bits of a float whose last four mantissa bits count ones, to which a code set there adds itself.
+    """
+    halves = 0x5410 if position < 4 else 0x7632
+    return (
+        f"prmt.b32 t, $1, $2, {halves:#x}; shr.u32 t, t, {4 * (position % 4)}; "
+        f"lop3.b32 t, t, 0x000f000f, {ones * 0x10001:#010x}, 0xea;"
+    )
+
+
 def unfit(scheme: Scheme, in_features: int) -> str | None:
     """Return why codes of this scheme cannot be read as tiles, or None."""
     if scheme.bits != _BITS:

@@ -18,7 +18,7 @@ from quantkit_runtime.server.metrics import Metrics
 from quantkit_runtime.server.middleware import Guard
 from quantkit_runtime.server.protocol import ModelSpec
 from quantkit_runtime.server.routes import chat, images, page, service, speech, videos
-from quantkit_runtime.server.routes.common import Context
+from quantkit_runtime.server.routes.common import TO_ALL, Context, errors
 from quantkit_runtime.server.scheduler import Scheduler
 from quantkit_runtime.server.security import OPEN_PATHS
 from quantkit_runtime.server.settings import Settings
@@ -53,7 +53,7 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
     app.state.context = context
     add_handlers(app)
     for part in (images, videos, chat, speech, service, page):
-        app.include_router(part.router)
+        app.include_router(part.router, responses=errors(*TO_ALL))
     app.add_middleware(Guard, settings=settings)
     app.openapi_schema = _describe(app, settings)
     return app
@@ -67,6 +67,8 @@ def _describe(app: FastAPI, settings: Settings) -> dict[str, Any]:
             operation["responses"].pop("422", None)  # FastAPI's own; mistakes are 400 here
             if path in OPEN_PATHS:
                 operation["security"] = []
+            if path in OPEN_PATHS or not settings.api_keys:
+                del operation["responses"]["401"]
     schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
@@ -120,8 +122,7 @@ def _lifespan(context: Context) -> Callable[[FastAPI], AbstractAsyncContextManag
             await end_requests(context, "the server stops")
             if context.running_jobs is not None:
                 await context.running_jobs.close()
-            for deployment in deployments:
-                await deployment.engine.stop()
+            await asyncio.gather(*(deployment.engine.stop() for deployment in deployments))
 
     return lifespan
 
@@ -141,5 +142,6 @@ async def _start(context: Context) -> None:
         await deployment.engine.wait_ready()
     draws_videos = [deployment for deployment in deployments if "video" in deployment.info.kinds]
     if draws_videos:
-        store = await asyncio.to_thread(JobStore, context.settings.jobs_folder())
-        context.running_jobs = Jobs(store, draws_videos, context.settings.limits)
+        limits = context.settings.limits
+        store = await asyncio.to_thread(JobStore, context.settings.jobs_folder(), limits.job_ttl_s)
+        context.running_jobs = Jobs(store, draws_videos, limits)

@@ -102,7 +102,7 @@ class ChatBody(Strict):
         | None
     ) = None
     seed: Seed | None = None
-    n: Literal[1] = 1
+    n: int = Field(1, ge=1, le=1)  # Literal[1] would take true
     stream: bool = False
     stream_options: StreamOptions | None = None
     modalities: list[Literal["text", "audio"]] = Field(["text"], min_length=1, max_length=2)

@@ -6,6 +6,7 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from quantkit_runtime.server.errors import bad_request
+from quantkit_runtime.server.models.diffusion import OPTIONS
 from quantkit_runtime.server.protocol import ImageRequest, ModelInfo, VideoRequest
 
 if TYPE_CHECKING:
@@ -15,14 +16,6 @@ if TYPE_CHECKING:
     from quantkit_runtime.server.schemas import ImageOptions, Sampling, VideoForm
     from quantkit_runtime.server.settings import Limits
 
-_OPTIONS = (
-    "num_inference_steps",
-    "guidance_scale",
-    "guidance_scale_2",
-    "true_cfg_scale",
-    "max_sequence_length",
-    "strength",
-)
 _SEEDS = 2**53
 
 
@@ -96,7 +89,7 @@ def video_request(
 
 
 def _check_sampling(body: Sampling, info: ModelInfo, limits: Limits) -> None:
-    for name in (*_OPTIONS, "negative_prompt"):
+    for name in (*OPTIONS, "negative_prompt"):
         if getattr(body, name, None) is not None and name not in info.parameters:
             raise bad_request(f"{name}: {info.description} does not take it", name, "unsupported_parameter")
     for name in ("prompt", "negative_prompt"):
@@ -109,7 +102,7 @@ def _check_sampling(body: Sampling, info: ModelInfo, limits: Limits) -> None:
 
 def _options(body: Sampling, deployment: Deployment) -> dict[str, Any]:
     options = {}
-    for name in _OPTIONS:
+    for name in OPTIONS:
         value = getattr(body, name, None)
         value = deployment.default(name) if value is None else value
         if value is not None and name in deployment.info.parameters:

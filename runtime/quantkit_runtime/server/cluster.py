@@ -43,6 +43,9 @@ class Replica:
         self._folder = tempfile.TemporaryDirectory(prefix="quantkit-replica-")
         self._app = create_app(dataclasses.replace(settings, cluster=None, state_dir=Path(self._folder.name)))
         self._app.add_middleware(NoJobs)
+        paths = self._app.openapi()["paths"]
+        for path in [path for path in paths if _is_of_jobs(path)]:
+            del paths[path]
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the app; Ray asks for it under this name."""
@@ -63,14 +66,17 @@ class NoJobs:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        path = scope.get("path", "")
-        if scope["type"] == "http" and path.startswith("/v1/videos") and path != "/v1/videos/sync":
+        if scope["type"] == "http" and _is_of_jobs(scope["path"]):
             error = ApiError(
                 501, "video jobs are kept by one server; a cluster draws videos by /v1/videos/sync", code="no_jobs"
             )
             await error.response()(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+
+def _is_of_jobs(path: str) -> bool:
+    return path.startswith("/v1/videos") and path != "/v1/videos/sync"
 
 
 def serve_on_cluster(settings: Settings) -> None:

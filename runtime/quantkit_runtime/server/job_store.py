@@ -43,12 +43,14 @@ CREATE TABLE IF NOT EXISTS jobs (
 CREATE UNIQUE INDEX IF NOT EXISTS by_key ON jobs (owner, idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX IF NOT EXISTS by_status ON jobs (status, number);
 """
+_BY_ID = "SELECT * FROM jobs WHERE id = ? AND owner = ? AND (expires_at IS NULL OR expires_at > ?)"
 _LISTS = {
-    "asc": "SELECT * FROM jobs WHERE owner = ? AND (? IS NULL OR number > (SELECT number FROM jobs WHERE id = ?)) "
-    "ORDER BY number ASC LIMIT ?",
-    "desc": "SELECT * FROM jobs WHERE owner = ? AND (? IS NULL OR number < (SELECT number FROM jobs WHERE id = ?)) "
-    "ORDER BY number DESC LIMIT ?",
+    "asc": "SELECT * FROM jobs WHERE owner = ? AND (expires_at IS NULL OR expires_at > ?) "
+    "AND (? IS NULL OR number > (SELECT number FROM jobs WHERE id = ?)) ORDER BY number ASC LIMIT ?",
+    "desc": "SELECT * FROM jobs WHERE owner = ? AND (expires_at IS NULL OR expires_at > ?) "
+    "AND (? IS NULL OR number < (SELECT number FROM jobs WHERE id = ?)) ORDER BY number DESC LIMIT ?",
 }
+_BY_KEY = "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?"
 _VERSION = 1
 _MAX_TRIES = 3
 
@@ -97,13 +99,15 @@ class JobStore:
 
     Args:
         folder: Made if it is missing, readable by its owner alone.
+        ttl_s: Time that a job is kept after its end.
 
     Raises:
         SettingsError: The folder cannot be used.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ttl_s: float) -> None:
         self._folder = folder
+        self._ttl_s = ttl_s
         self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -143,9 +147,7 @@ class JobStore:
         identity = f"video_{uuid.uuid4().hex}"
         with self._transaction() as database:
             if idempotency_key is not None:
-                found = database.execute(
-                    "SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?", (owner, idempotency_key)
-                ).fetchone()
+                found = database.execute(_BY_KEY, (owner, idempotency_key)).fetchone()
                 if found is not None:
                     return _job(found), False
             if picture is not None:
@@ -162,9 +164,13 @@ class JobStore:
     def get(self, identity: str, owner: str) -> Job | None:
         """Return a job of this owner's."""
         with self._lock:
-            row = self._database.execute(
-                "SELECT * FROM jobs WHERE id = ? AND owner = ?", (identity, owner)
-            ).fetchone()
+            row = self._database.execute(_BY_ID, (identity, owner, time.time())).fetchone()
+        return _job(row) if row is not None else None
+
+    def made_by(self, owner: str, idempotency_key: str) -> Job | None:
+        """Return the job of this owner's that a key was used for."""
+        with self._lock:
+            row = self._database.execute(_BY_KEY, (owner, idempotency_key)).fetchone()
         return _job(row) if row is not None else None
 
     def list_of(
@@ -172,7 +178,7 @@ class JobStore:
     ) -> tuple[list[Job], bool]:
         """Return jobs of this owner's behind another one, and whether there are more."""
         with self._lock:
-            rows = self._database.execute(_LISTS[order], (owner, after, after, limit + 1)).fetchall()
+            rows = self._database.execute(_LISTS[order], (owner, time.time(), after, after, limit + 1)).fetchall()
         return [_job(row) for row in rows[:limit]], len(rows) > limit
 
     def start_next(self, model: str) -> Job | None:
@@ -194,7 +200,7 @@ class JobStore:
                 (identity,),
             )
 
-    def complete(self, identity: str, video: bytes, ttl_s: float) -> None:
+    def complete(self, identity: str, video: bytes) -> None:
         """Keep the video of a job, unless it was deleted meanwhile."""
         _write(self.video_file(identity), video)
         now = time.time()
@@ -202,19 +208,19 @@ class JobStore:
             done = database.execute(
                 "UPDATE jobs SET status = 'completed', completed_at = ?, expires_at = ?, bytes = bytes + ? "
                 "WHERE id = ?",
-                (now, now + ttl_s, len(video), identity),
+                (now, now + self._ttl_s, len(video), identity),
             )
             if done.rowcount == 0:
                 self._unlink(identity)
 
-    def fail(self, identity: str, code: str, message: str, ttl_s: float) -> None:
+    def fail(self, identity: str, code: str, message: str) -> None:
         """End a job without a video."""
         now = time.time()
         with self._transaction() as database:
             database.execute(
                 "UPDATE jobs SET status = 'failed', completed_at = ?, expires_at = ?, error_code = ?, "
                 "error_message = ? WHERE id = ?",
-                (now, now + ttl_s, code, message, identity),
+                (now, now + self._ttl_s, code, message, identity),
             )
 
     def delete(self, identity: str, owner: str) -> bool:
@@ -225,15 +231,13 @@ class JobStore:
                 self._unlink(identity)
             return bool(done.rowcount)
 
-    def expire(self) -> float | None:
-        """Delete what has expired; return when the next will."""
+    def expire(self) -> None:
+        """Delete what has expired."""
         with self._transaction() as database:
             rows = database.execute("SELECT id FROM jobs WHERE expires_at <= ?", (time.time(),)).fetchall()
             for row in rows:
                 database.execute("DELETE FROM jobs WHERE id = ?", (row["id"],))
                 self._unlink(row["id"])
-            soonest = database.execute("SELECT MIN(expires_at) AS at FROM jobs").fetchone()["at"]
-        return None if soonest is None else float(soonest)
 
     def usage(self) -> tuple[int, int]:
         """Return how many jobs wait, and the bytes of all files."""
@@ -262,15 +266,17 @@ class JobStore:
             database.executescript(_SCHEMA)
             database.execute(f"PRAGMA user_version = {_VERSION}")
             # What ran when the last server ended runs again, but not for ever: it may be what ended it.
+            now = time.time()
             database.execute(
-                "UPDATE jobs SET status = 'failed', completed_at = ?, error_code = 'server_stopped', "
+                "UPDATE jobs SET status = 'failed', completed_at = ?, expires_at = ?, "
+                "error_code = 'server_stopped', "
                 "error_message = 'the server ended ' || tries || ' times while this ran' "
                 "WHERE status = 'in_progress' AND tries >= ?",
-                (time.time(), _MAX_TRIES),
+                (now, now + self._ttl_s, _MAX_TRIES),
             )
             database.execute("UPDATE jobs SET status = 'queued' WHERE status = 'in_progress'")
             known = {row["id"] for row in database.execute("SELECT id FROM jobs")}
-        for file in (*self._folder.glob("video_*.*"),):  # of jobs that were never acknowledged, or are deleted
+        for file in list(self._folder.glob("video_*.*")):  # of jobs that were never acknowledged, or are deleted
             if file.name.partition(".")[0] not in known:
                 file.unlink(missing_ok=True)
 

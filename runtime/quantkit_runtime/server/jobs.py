@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from quantkit_runtime.server.deployment import Deployment
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _CLIENT = "jobs"  # of the scheduler: jobs and requests take turns
 _SWEEP_S = 60.0
+_RETRY_S = 10.0
 
 
 class Jobs:
@@ -30,14 +31,17 @@ class Jobs:
         limits: On their number, time and size.
     """
 
-    def __init__(self, store: JobStore, deployments: Iterable[Deployment], limits: Limits) -> None:
+    def __init__(self, store: JobStore, deployments: Sequence[Deployment], limits: Limits) -> None:
         self._store = store
         self._limits = limits
         self._arrived = {deployment.name: asyncio.Event() for deployment in deployments}
         self._progress: dict[str, int] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._workers = [asyncio.create_task(self._work(deployment)) for deployment in deployments]
-        self._workers.append(asyncio.create_task(self._sweep()))
+        rounds: list[Callable[[], Awaitable[None]]] = [
+            *(partial(self._work, deployment) for deployment in deployments),
+            self._sweep,
+        ]
+        self._workers = [asyncio.create_task(_for_ever(work)) for work in rounds]
 
     async def stop(self) -> None:
         """Run no more jobs; what runs is queued again for the next start."""
@@ -58,6 +62,23 @@ class Jobs:
         Raises:
             ApiError: Too many jobs wait, their files take too much, or the key was used for something else.
         """
+        if idempotency_key is not None:
+            made = await asyncio.to_thread(self._store.made_by, owner, idempotency_key)
+            if made is not None:
+                return _of_same_request(made, body_hash)
+        await self._check_room()
+        picture = None
+        if asked.image is not None:
+            picture = await asyncio.to_thread(encode_image, asked.image)
+        fields = {name: value for name, value in vars(asked).items() if name not in ("id", "image")}
+        job, is_new = await asyncio.to_thread(
+            self._store.create, owner, model, fields, picture, body_hash=body_hash, idempotency_key=idempotency_key
+        )
+        if is_new:
+            self._arrived[model].set()
+        return _of_same_request(job, body_hash)
+
+    async def _check_room(self) -> None:
         waiting, size = await asyncio.to_thread(self._store.usage)
         if waiting >= self._limits.max_jobs:
             raise ApiError(
@@ -69,21 +90,6 @@ class Jobs:
                 429, f"kept videos take {size} bytes of {self._limits.job_quota_bytes}; delete some first",
                 code="storage_full",
             )  # fmt: skip
-        picture = None
-        if asked.image is not None:
-            picture = await asyncio.to_thread(encode_image, asked.image)
-        fields = {name: value for name, value in vars(asked).items() if name not in ("id", "image")}
-        job, is_new = await asyncio.to_thread(
-            self._store.create, owner, model, fields, picture, body_hash=body_hash, idempotency_key=idempotency_key
-        )
-        if not is_new and job.body_hash != body_hash:
-            raise ApiError(
-                409, "Idempotency-Key: was used for another request", param="Idempotency-Key",
-                code="idempotency_key_reused",
-            )  # fmt: skip
-        if is_new:
-            self._arrived[model].set()
-        return job
 
     async def get(self, identity: str, owner: str) -> Job:
         """Return a job.
@@ -92,7 +98,7 @@ class Jobs:
             ApiError: There is none of this id and owner.
         """
         job = await asyncio.to_thread(self._store.get, identity, owner)
-        if job is None or (job.expires_at is not None and job.expires_at <= time.time()):
+        if job is None:
             raise ApiError(404, "id: no such video; it may have expired", param="id", code="video_not_found")
         return job
 
@@ -131,27 +137,28 @@ class Jobs:
         return 100 if job.status == "completed" else self._progress.get(job.id, 0)
 
     async def _work(self, deployment: Deployment) -> None:
+        """Run the next job, or wait for one."""
         arrived = self._arrived[deployment.name]
-        while True:
-            arrived.clear()
-            job = await asyncio.to_thread(self._store.start_next, deployment.name)
-            if job is None:
-                await arrived.wait()
-                continue
-            task = self._running[job.id] = asyncio.create_task(self._run(job, deployment))
-            try:
-                await asyncio.wait({task})
-            except asyncio.CancelledError:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-                await asyncio.to_thread(self._store.requeue, job.id)
-                raise
-            finally:
-                del self._running[job.id]
-                self._progress.pop(job.id, None)
+        arrived.clear()
+        job = await asyncio.to_thread(self._store.start_next, deployment.name)
+        if job is None:
+            await arrived.wait()
+            return
+        task = self._running[job.id] = asyncio.create_task(self._run(job, deployment))
+        try:
+            await asyncio.wait({task})
+            if not task.cancelled():
+                task.result()
+        except BaseException:  # the server stops, or what became of the job could not be written
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.to_thread(self._store.requeue, job.id)
+            raise
+        finally:
+            del self._running[job.id]
+            self._progress.pop(job.id, None)
 
     async def _run(self, job: Job, deployment: Deployment) -> None:
-        ttl_s = self._limits.job_ttl_s
         try:
             asked = await asyncio.to_thread(self._request, job)
             ticket = deployment.scheduler.submit(asked, _CLIENT, timeout_s=None, bounded=False)
@@ -161,12 +168,12 @@ class Jobs:
                 elif isinstance(event, Finished):
                     assert isinstance(event.result, Frames)
                     video = await asyncio.to_thread(encode_mp4, event.result.pixels, asked.fps)
-                    await asyncio.to_thread(self._store.complete, job.id, video, ttl_s)
+                    await asyncio.to_thread(self._store.complete, job.id, video)
         except ApiError as error:
-            await asyncio.to_thread(self._store.fail, job.id, error.code or "failed", error.message, ttl_s)
+            await asyncio.to_thread(self._store.fail, job.id, error.code or "failed", error.message)
         except Exception as error:
             log.error("job failed", exc_info=error, extra={"job": job.id})
-            await asyncio.to_thread(self._store.fail, job.id, "internal_error", "the server failed on it", ttl_s)
+            await asyncio.to_thread(self._store.fail, job.id, "internal_error", "the server failed on it")
 
     def _request(self, job: Job) -> VideoRequest:
         fields: dict[str, Any] = dict(job.request)
@@ -176,10 +183,27 @@ class Jobs:
         return VideoRequest(id=f"{job.id}.{job.tries}", **fields)
 
     async def _sweep(self) -> None:
-        while True:
-            soonest = await asyncio.to_thread(self._store.expire)
-            now = time.time()
-            await asyncio.sleep(max(_SWEEP_S, min(soonest or now + 3600, now + 3600) - now))
+        await asyncio.to_thread(self._store.expire)
+        await asyncio.sleep(_SWEEP_S)
+
+
+async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
+    """Do something again and again; a store that fails, as on a full disk, may work later."""
+    while True:
+        try:
+            await work()
+        except Exception as error:
+            log.error("video jobs wait: the store fails", exc_info=error)
+            await asyncio.sleep(_RETRY_S)
+
+
+def _of_same_request(job: Job, body_hash: str) -> Job:
+    if job.body_hash != body_hash:
+        raise ApiError(
+            409, "Idempotency-Key: was used for another request", param="Idempotency-Key",
+            code="idempotency_key_reused",
+        )  # fmt: skip
+    return job
 
 
 _UNLIMITED = Limits(max_upload_bytes=2**40, max_upload_pixels=2**40)  # it was checked when it came

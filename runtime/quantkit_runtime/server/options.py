@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from quantkit_runtime.choice import check_choice, is_packed
 from quantkit_runtime.server.protocol import ModelSpec
 from quantkit_runtime.server.settings import Cluster, Limits, Settings, SettingsError, read_api_keys
 
@@ -94,12 +95,15 @@ def make_settings(models: list[tuple[str, str]], loading: ModelSpec, **server: A
 
     Args:
         models: Name and path of each.
-        loading: How they are loaded, whatever its path; the device may be ``auto``.
+        loading: How they are loaded, whatever its path; the device may be ``auto``. Compute mode and backend go to
+            those that are packed.
         server: The rest of `Settings`.
 
     Raises:
         SettingsError: An option cannot be used, or two models have one name.
-        BackendUnavailableError: This machine does not have the device; a cluster's may.
+        BackendUnavailableError: This machine does not have the device (a cluster's may), or compute mode or backend
+            are unknown or have no packed layer to go to.
+        CheckpointFormatError: A model cannot be looked at for that.
     """
     if loading.dtype not in _DTYPES:
         raise SettingsError(f"--dtype {loading.dtype}: use {', '.join(_DTYPES)}")
@@ -117,9 +121,26 @@ def make_settings(models: list[tuple[str, str]], loading: ModelSpec, **server: A
         from quantkit_runtime.load import available_device
 
         available_device(device)
+    loading = dataclasses.replace(loading, device=device)
+    unpacked = _unpacked(models, loading)
+    plain = dataclasses.replace(loading, compute="auto", backend="auto")
     return Settings(
-        models={name: dataclasses.replace(loading, path=path, device=device) for name, path in models}, **server
+        models={
+            name: dataclasses.replace(plain if name in unpacked else loading, path=path) for name, path in models
+        },
+        **server,
     )
+
+
+def _unpacked(models: list[tuple[str, str]], loading: ModelSpec) -> set[str]:
+    """Return the names of models that a chosen compute mode or backend does not go to; it must go to another."""
+    if loading.compute == "auto" and loading.backend == "auto":
+        return set()
+    from quantkit_runtime.load import local_folder
+
+    folders = {name: local_folder(path) for name, path in models}
+    check_choice(*folders.values(), compute=loading.compute, backend=loading.backend)
+    return {name for name, folder in folders.items() if not is_packed(folder)}
 
 
 def make_cluster(

@@ -233,12 +233,9 @@ class Frames:
 
 @dataclass(frozen=True)
 class Answer:
-    """The end of a chat or speech; its text and sound came as `Delta` before.
+    """The end of a chat or speech; its text and sound came as `Delta` before."""
 
-    ``finish_reason`` is ``stop`` or ``length``.
-    """
-
-    finish_reason: str
+    finish_reason: Literal["stop", "length"]
     usage: Usage
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 from urllib.parse import urlsplit
 
 from quantkit_runtime.server.errors import ApiError, bad_request
 
-_TIMEOUT_S = 10.0
+_TIMEOUT_S = 10.0  # for each piece
+_TOTAL_S = 60.0  # a thread waits for it, of which there are few
 _CHUNK = 2**16
 
 
@@ -56,10 +59,23 @@ def _public_address(host: str, port: int, param: str) -> str:
 
 def _get(plain: socket.socket, scheme: str, host: str, target: str, max_bytes: int, param: str) -> bytes:
     connection = http.client.HTTPConnection(host, timeout=_TIMEOUT_S)
-    connection.sock = plain
-    if scheme == "https":
-        connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+    connection.sock = wire = plain
+    is_late = threading.Event()
+
+    def give_up() -> None:
+        is_late.set()
+        with contextlib.suppress(OSError):
+            wire.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(_TOTAL_S, give_up)
+    timer.daemon = True
+    timer.start()
     try:
+        if scheme == "https":
+            connection.sock = wire = secure = ssl.create_default_context().wrap_socket(
+                plain, server_hostname=host, do_handshake_on_connect=False
+            )
+            secure.do_handshake()
         connection.request("GET", target, headers={"Accept": "image/*, audio/*"})
         response = connection.getresponse()
         if response.status != 200:
@@ -69,8 +85,15 @@ def _get(plain: socket.socket, scheme: str, host: str, target: str, max_bytes: i
             data += piece
             if len(data) > max_bytes:
                 raise ApiError(413, f"{param}: larger than {max_bytes} bytes", param=param, code="upload_too_large")
+        if response.length or is_late.is_set():  # it was cut off, which http.client does not tell of
+            raise http.client.IncompleteRead(bytes(data))
         return bytes(data)
+    except (OSError, http.client.HTTPException):
+        if not is_late.is_set():
+            raise
+        raise bad_request(f"{param}: {host} takes more than {_TOTAL_S:g} s", param, "fetch_failed") from None
     finally:
+        timer.cancel()
         connection.close()
 
 

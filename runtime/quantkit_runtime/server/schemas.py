@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Seed = Annotated[int, Field(ge=0, le=2**53 - 1)]  # what JSON readers hold exactly
 Size = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$", description="WIDTHxHEIGHT in pixels")]
@@ -17,6 +17,17 @@ class Strict(BaseModel):
     """A body without unknown fields, and with the types that the OpenAPI names."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_whole_numbers(cls, body: object) -> object:
+        """Take 20.0 for 20, as JSON Schema does; a field of numbers that need not be whole turns it back."""
+        if not isinstance(body, dict):
+            return body
+        return {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value
+            for name, value in body.items()
+        }
 
     @field_validator("*")
     @classmethod

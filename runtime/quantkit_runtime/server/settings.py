@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -84,6 +85,8 @@ class Cluster:
             raise SettingsError(
                 f"--max-replicas {self.max_replicas}: must be at least --min-replicas, which is at least 1"
             )
+        if not 0 < self.target_requests < math.inf:
+            raise SettingsError(f"--target-requests {self.target_requests:g}: must be a positive number")
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,10 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.models:
             raise SettingsError("no model to serve")
+        if not 0 <= self.port <= 65_535:
+            raise SettingsError(f"--port {self.port}: must be between 0 and 65535")
+        if not 0 <= self.drain_s < math.inf:
+            raise SettingsError(f"--drain {self.drain_s:g}: must be a number of seconds, 0 or more")
         if not self.api_keys and not is_loopback(self.host):
             raise SettingsError(
                 f"--host {self.host}: other machines could reach it; give an API key by --api-key-file or the "

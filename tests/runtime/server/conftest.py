@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 
@@ -44,7 +45,10 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def serve(settings):
-    """Start a server of these kinds once in a module: ``serve("images").post(...)``."""
+    """Start a server of these kinds once in a module: ``serve("images").post(...)``.
+
+    Every answer is held against the server's OpenAPI document.
+    """
     started = {}
     with ExitStack() as stack:
 
@@ -54,6 +58,7 @@ def serve(settings):
                 server = stack.enter_context(serving.running(settings(*kinds, **changes)))
                 client = stack.enter_context(httpx2.Client(base_url=server.url, timeout=30))
                 client.server = server
+                client.event_hooks["response"].append(partial(serving.check_documented, document=server.document))
                 started[key] = client
             return started[key]
 

@@ -4,6 +4,7 @@ import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx2
 import pytest
@@ -98,3 +99,14 @@ def test_a_job_that_waits_behind_what_outlasts_the_drain_is_kept(settings, tmp_p
         assert slow.result().status_code == 503
     with serving.running(choice) as server:
         serving.until(lambda: httpx2.get(f"{server.url}/v1/videos/{job}").json()["status"] == "completed")
+
+
+def test_engines_that_do_not_listen_yet_are_ended_side_by_side(settings, monkeypatch):
+    monkeypatch.setattr("quantkit_runtime.server.supervisor._STOP_S", 1.0)
+    choice = settings("images", "editor", "videos", "chat")
+    loading = {name: replace(spec, loader="serving:load_slowly") for name, spec in choice.models.items()}
+    with serving.running(replace(choice, models=loading), wait=False) as server:
+        engines = [deployment.engine for deployment in server.context.deployments.by_name.values()]
+        serving.until(lambda: all("import" in engine.phases for engine in engines))
+        began = time.monotonic()
+    assert time.monotonic() - began < 3

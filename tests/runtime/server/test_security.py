@@ -1,11 +1,13 @@
 """Who may call, what is fetched, and what is logged."""
 
+import contextlib
 import io
 import json
 import logging
 import socket
 import sys
 import threading
+import time
 
 import httpx2
 import pytest
@@ -118,6 +120,7 @@ def test_other_urls_are_refused(url):
         (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", b"abc"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2000\r\n\r\n" + b"x" * 2000, "upload_too_large"),
         (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\nContent-Length: 0\r\n\r\n", "fetch_failed"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\ncut off", "fetch_failed"),
         (b"nonsense", "fetch_failed"),
     ],
 )
@@ -143,6 +146,32 @@ def test_what_is_fetched_is_bounded_and_never_redirected(monkeypatch, answer, ex
                 assert caught.value.code == expected
         finally:
             thread.join()
+
+
+@pytest.mark.parametrize(
+    "begin", [b"", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n"]
+)
+def test_what_comes_in_drops_is_not_waited_for(monkeypatch, begin):
+    monkeypatch.setattr(remote, "_public_address", lambda *_: "127.0.0.1")
+    monkeypatch.setattr(remote, "_TOTAL_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+
+        def drip():
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(begin)
+                for _ in range(100):
+                    connection.sendall(b"x")
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(ApiError, match=r"image: pictures.example takes more than 0.3 s"):
+            remote.fetch(f"http://pictures.example:{port}/", 1000, "image")
+        assert time.monotonic() - began < 2
+        thread.join()
 
 
 def test_log_lines_are_json_with_the_requests_id_and_no_secrets(locked):
@@ -180,6 +209,10 @@ def test_an_id_that_could_forge_log_lines_is_replaced(serve):
         (["m", "--limit", "max_speed=3"], "NAME=VALUE"),
         (["m", "--limit", "max_queue=0"], "positive whole number"),
         (["m", "--limit", "max_queue=many"], "positive whole number"),
+        (["m", "--port", "70000"], "--port 70000: must be between 0 and 65535"),
+        (["m", "--drain", "nan"], "--drain nan: must be a number of seconds"),
+        (["m", "--drain", "-1"], "--drain -1: must be a number of seconds"),
+        (["m", "--engine", "ray", "--target-requests", "0"], "--target-requests 0: must be a positive number"),
     ],
 )
 def test_options_that_cannot_be_used_are_named(arguments, words):

@@ -14,6 +14,7 @@ from quantkit_runtime.server.job_store import JobStore
 from quantkit_runtime.server.settings import SettingsError
 
 PATH = "/v1/videos"
+TTL_S = 100.0
 
 
 @pytest.fixture
@@ -157,12 +158,49 @@ def test_too_many_jobs_and_too_much_storage_are_429(serve):
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "storage_full")
 
 
+def test_a_job_that_fills_the_queue_is_found_again_by_its_key(serve):
+    client = serve("videos", max_jobs=1)
+    running = client.post(PATH, files=form(prompt="slow", num_inference_steps=50)).json()["id"]
+    serving.until(lambda: client.get(f"{PATH}/{running}").json()["status"] == "in_progress")
+    last = {"files": form(prompt="x", seed=1), "headers": {"Idempotency-Key": "last"}}
+    made = client.post(PATH, **last)
+    assert client.post(PATH, files=form(prompt="x")).status_code == 429
+    again = client.post(PATH, **last)
+    assert (again.status_code, again.json()["id"]) == (200, made.json()["id"])
+    for identity in (made.json()["id"], running):
+        client.delete(f"{PATH}/{identity}")
+
+
 def test_a_finished_video_expires(serve):
     client = serve("videos", job_ttl_s=0.5)
     made = client.post(PATH, files=form(prompt="x")).json()
     assert finished(client, made["id"])["status"] == "completed"
     time.sleep(0.5)
     assert client.get(f"{PATH}/{made['id']}").status_code == 404
+    assert client.get(PATH).json()["data"] == []
+
+
+def test_jobs_go_on_when_the_store_works_again(settings, monkeypatch, caplog):
+    monkeypatch.setattr("quantkit_runtime.server.jobs._RETRY_S", 0.05)
+    with serving.running(settings("videos")) as server, httpx2.Client(base_url=server.url) as client:
+        store = server.context.running_jobs._store
+        for name in ("start_next", "complete", "fail"):
+            monkeypatch.setattr(store, name, failing_once(getattr(store, name)))
+        job = client.post(PATH, files=form(prompt="x")).json()["id"]
+        assert finished(client, job)["status"] == "completed"
+    assert caplog.text.count("video jobs wait: the store fails") == 2
+
+
+def failing_once(work):
+    """Return a function that fails as on a full disk before it does what it should."""
+    errors = [sqlite3.OperationalError("database or disk is full")]
+
+    def call(*arguments):
+        if errors:
+            raise errors.pop()
+        return work(*arguments)
+
+    return call
 
 
 def test_jobs_survive_the_end_of_the_server(settings, tmp_path):
@@ -180,30 +218,43 @@ def test_jobs_survive_the_end_of_the_server(settings, tmp_path):
             assert (job["status"], job["seed"]) == ("completed", seed)
 
 
+def test_a_job_is_not_missing_while_the_model_loads_again(settings, tmp_path):
+    choice = settings("videos", state_dir=tmp_path / "state")
+    with serving.running(choice) as server:
+        job = httpx2.post(server.url + PATH, files=form(prompt="x")).json()["id"]
+    with serving.running(choice, wait=False) as server:
+        for path in (PATH, f"{PATH}/{job}", f"{PATH}/{job}/content"):
+            answer = httpx2.get(server.url + path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_not_ready")
+            assert answer.headers["retry-after"] == "5"
+        serving.until(server.context.started.done)
+
+
 def test_a_job_that_ran_when_the_server_was_killed_runs_again_but_not_for_ever(tmp_path):
-    store = JobStore(tmp_path)
+    store = JobStore(tmp_path, TTL_S)
     job, _ = store.create("", "m", {"prompt": "x"}, None, body_hash="", idempotency_key=None)
     for tries in (1, 2, 3):
         started = store.start_next("m")
         assert (started.id, started.tries) == (job.id, tries)
         store.close()  # as a killed server leaves it: in progress
-        store = JobStore(tmp_path)
+        store = JobStore(tmp_path, TTL_S)
     ended = store.get(job.id, "")
     assert (ended.status, ended.error_code) == ("failed", "server_stopped")
     assert "3 times" in ended.error_message
+    assert ended.expires_at == ended.completed_at + TTL_S
     store.close()
 
 
 def test_files_that_no_job_owns_are_removed_at_the_start(tmp_path):
     (tmp_path / "video_stray.mp4").touch()
     (tmp_path / "notes.txt").touch()
-    JobStore(tmp_path).close()
+    JobStore(tmp_path, TTL_S).close()
     assert {file.name for file in tmp_path.iterdir()} >= {"notes.txt", "jobs.sqlite"}
     assert not (tmp_path / "video_stray.mp4").exists()
 
 
 def test_jobs_are_seen_by_their_owner_alone(tmp_path):
-    store = JobStore(tmp_path)
+    store = JobStore(tmp_path, TTL_S)
     job, _ = store.create("key-1", "m", {}, None, body_hash="", idempotency_key="k")
     other, is_new = store.create("key-2", "m", {}, None, body_hash="", idempotency_key="k")
     assert is_new
@@ -214,18 +265,18 @@ def test_jobs_are_seen_by_their_owner_alone(tmp_path):
 
 
 def test_a_folder_in_use_or_of_another_version_is_refused(tmp_path):
-    store = JobStore(tmp_path)
+    store = JobStore(tmp_path, TTL_S)
     with pytest.raises(SettingsError, match="another server uses it"):
-        JobStore(tmp_path)
+        JobStore(tmp_path, TTL_S)
     store.close()
     with sqlite3.connect(tmp_path / "jobs.sqlite") as database:
         database.execute("PRAGMA user_version = 99")
     database.close()
     with pytest.raises(SettingsError, match="version 99"):
-        JobStore(tmp_path)
+        JobStore(tmp_path, TTL_S)
 
 
 def test_a_damaged_database_is_a_clear_error(tmp_path):
     (tmp_path / "jobs.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(SettingsError, match="move it away"):
-        JobStore(tmp_path)
+        JobStore(tmp_path, TTL_S)

@@ -11,6 +11,7 @@ from quantkit.compare.result import read_result
 from quantkit.compare.run import compare
 from quantkit.errors import CheckpointError, OutputError, QuantkitError, RecipeError, UnsupportedModelError
 from quantkit.recipe.schema import Sampling, Threshold
+from quantkit_runtime.errors import BackendUnavailableError
 
 PROMPTS = ("a red disc", "a blue disc", "a green disc")
 SMALL = Sampling(height=32, width=32, num_inference_steps=6)
@@ -177,7 +178,16 @@ def test_the_noise_floor_can_be_left_out(model, run):
         ({"device": "toaster"}, RecipeError, "device: 'toaster' is unknown"),
         ({"device": "xpu"}, RecipeError, "device: 'xpu' is not available here"),
         ({"dtype": "int4"}, RecipeError, "dtype: 'int4' is unknown; use one of bfloat16"),
-        ({"compute": "fp8"}, RecipeError, "compute: 'fp8' is for packed layers, of which .*/model has none"),
+        (
+            {"compute": "fp8"},
+            BackendUnavailableError,
+            "compute 'fp8': only for packed layers, and .*/model and .*/model",
+        ),
+        (
+            {"backend": "triton"},
+            BackendUnavailableError,
+            "backend 'triton': only for packed layers, and .*/model and",
+        ),
         ({"task": "t2v"}, UnsupportedModelError, "task t2v"),
         ({"sampling": (Sampling(num_frames=5),)}, RecipeError, "flux takes no num_frames"),
         ({"lpips_backbone": "model/behaviour.json"}, RecipeError, "cannot be read as AlexNet weights"),

@@ -10,6 +10,7 @@ from quantkit.families.registry import family_names, get_family
 from quantkit.generate import Request, prepare
 from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling
+from quantkit_runtime.errors import BackendUnavailableError
 
 
 @pytest.fixture
@@ -45,13 +46,22 @@ REFUSED = {
     ),
     "device": ({"device": "cuda:9"}, RecipeError, "device: 'cuda:9' is not available here"),
     "dtype": ({"dtype": "int8"}, RecipeError, "dtype: 'int8' is unknown"),
-    "compute": ({"compute": "fp4"}, RecipeError, "compute: 'fp4' is unknown; use one of auto, 16bit, fp8"),
+    "compute": (
+        {"compute": "fp4"},
+        BackendUnavailableError,
+        r"compute 'fp4' does not exist; use 'auto' or one of \('16bit', 'fp8'\)",
+    ),
     "compute of packed layers alone": (
         {"compute": "fp8"},
-        RecipeError,
-        "compute: 'fp8' is for packed layers, of which .*/pipeline has none; leave it out",
+        BackendUnavailableError,
+        "compute 'fp8': only for packed layers, and .*/pipeline is not quantized; leave it out",
     ),
-    "backend": ({"backend": "marlin"}, RecipeError, "backend: 'marlin' is unknown"),
+    "backend": ({"backend": "marlin"}, BackendUnavailableError, "backend 'marlin' does not exist"),
+    "backend of packed layers alone": (
+        {"backend": "reference"},
+        BackendUnavailableError,
+        "backend 'reference': only for packed layers, and .*/pipeline is not quantized; leave it out",
+    ),
     "three branches": ({"cfg_parallel": 3}, RecipeError, "--cfg-parallel: must be 1 or 2"),
     "no rank": ({"tensor_parallel": 0}, RecipeError, "--tensor-parallel: must be at least 1"),
     "no replica": ({"replicas": 0}, RecipeError, "--replicas: must be at least 1"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from quantkit_runtime.errors import ParallelError
-from quantkit_runtime.generation.batch import Batch, Piece
+from quantkit_runtime.generation.batch import Batch, FinishReason, Piece
 from quantkit_runtime.generation.sampling import SamplingParams
 from quantkit_runtime.generation.speech import SAMPLE_RATE, Speaker, voices
 from quantkit_runtime.generation.writer import writer_of
@@ -297,7 +297,7 @@ class ChatModel(StreamingModel):
             self._speaker = None
         self._said.clear()
 
-    def _end(self, key: str, reason: str) -> Finished:
+    def _end(self, key: str, reason: FinishReason) -> Finished:
         active = self._active.pop(key)
         usage = Usage(active.prompt_tokens, active.completion_tokens)
         seconds = time.perf_counter() - active.begin

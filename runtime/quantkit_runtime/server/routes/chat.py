@@ -28,10 +28,11 @@ from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.media import encode_sound
 from quantkit_runtime.server.protocol import Answer, Delta, Finished, Usage
 from quantkit_runtime.server.routes.common import (
-    ERRORS,
+    OF_RUNS,
     Events,
     ask,
     context_of,
+    errors,
     first_of,
     new_id,
     sse,
@@ -41,7 +42,7 @@ from quantkit_runtime.server.routes.common import (
 if TYPE_CHECKING:
     from quantkit_runtime.server.deployment import Deployment
 
-router = APIRouter(prefix="/v1/chat", tags=["chat"], responses=ERRORS)
+router = APIRouter(prefix="/v1/chat", tags=["chat"], responses=errors(*OF_RUNS))
 
 
 @router.post(
@@ -96,7 +97,7 @@ async def _completion(
         id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=deployment.name,
-        choices=[Choice(message=message, finish_reason=_reason(finished.result))],
+        choices=[Choice(message=message, finish_reason=finished.result.finish_reason)],
         usage=_usage(finished.result.usage),
     )
     headers = {"X-Model": deployment.name, "X-Inference-Time-S": f"{finished.seconds:.3f}"}
@@ -116,7 +117,7 @@ async def _pieces(events: Events, body: ChatBody, deployment: Deployment) -> Asy
                         yield sse(None, chunk(identity, created, name, delta, None))
                 elif isinstance(event, Finished):
                     assert isinstance(event.result, Answer)
-                    yield sse(None, chunk(identity, created, name, {}, _reason(event.result)))
+                    yield sse(None, chunk(identity, created, name, {}, event.result.finish_reason))
                     if body.stream_options is not None and body.stream_options.include_usage:
                         usage = _usage(event.result.usage).model_dump()
                         yield sse(None, chunk(identity, created, name, None, None) | {"usage": usage})
@@ -134,10 +135,6 @@ def _deltas(event: Delta, audio_id: str) -> list[dict[str, Any]]:
         data = base64.b64encode(encode_sound(event.samples, event.rate, "pcm16")).decode()
         deltas.append({"audio": {"id": audio_id, "data": data}})
     return deltas
-
-
-def _reason(answer: Answer) -> Any:
-    return answer.finish_reason
 
 
 def _usage(usage: Usage) -> UsageBody:

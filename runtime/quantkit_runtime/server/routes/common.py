@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from quantkit_runtime.server.deployment import Deployment, Deployments
     from quantkit_runtime.server.jobs import Jobs
     from quantkit_runtime.server.metrics import Metrics
+    from quantkit_runtime.server.scheduler import Ticket
     from quantkit_runtime.server.settings import Settings
 
 T = TypeVar("T")
@@ -32,18 +33,24 @@ _MEANINGS = {
     401: "No API key, or a wrong one",
     403: "From a page of another site",
     404: "Unknown model or id",
+    409: "The video is not completed, or the Idempotency-Key was used for another request",
     413: "Body or upload too large",
     415: "Wrong content type",
-    429: "The queue is full; see Retry-After",
+    429: "Too much waits, see Retry-After, or kept videos take too much",
     500: "The model failed",
-    503: "The model is not ready, or its engine was lost",
+    503: "The model is not ready, its engine was lost, or the server stops",
     504: "Not done in time",
     507: "Out of memory",
 }
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": meaning} for status, meaning in _MEANINGS.items()
-}
-"""Answers beside the successful ones, for OpenAPI."""
+TO_ALL = (401, 403)
+"""Statuses that any request may get: the middleware looks who calls."""
+OF_RUNS = (400, 404, 413, 415, 429, 500, 503, 504, 507)
+"""Statuses of requests that a model runs while the caller waits."""
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return what an operation may answer beside its success, for OpenAPI."""
+    return {status: {"model": ErrorBody, "description": _MEANINGS[status]} for status in statuses}
 
 
 @dataclass
@@ -69,8 +76,12 @@ class Context:
         """Video jobs.
 
         Raises:
-            ApiError: No model draws videos.
+            ApiError: The models are not loaded yet, or none draws videos.
         """
+        if self.started is None or not self.started.done():
+            raise ApiError(
+                503, "the models are not ready: loading", code="model_not_ready", headers={"Retry-After": "5"}
+            )
         if self.running_jobs is None:
             raise ApiError(404, "no model that draws videos is served", code="not_found")
         return self.running_jobs
@@ -107,6 +118,16 @@ def ask(request: Request, deployment: Deployment, asked: Asked, user: str | None
     timeout_s = context_of(request).settings.limits.request_timeout_s
     scheduler = deployment.scheduler
     return scheduler.follow(scheduler.submit(asked, client_of(request, user), timeout_s=timeout_s))
+
+
+def cost_headers(deployment: Deployment, finished: Finished, ticket: Ticket) -> dict[str, str]:
+    """Return headers that tell what made an answer, and what that took."""
+    return {
+        "X-Model": deployment.name,
+        "X-Inference-Time-S": f"{finished.seconds:.3f}",
+        "X-Queue-Time-S": f"{ticket.wait_s or 0:.3f}",
+        "X-Peak-Memory-MB": f"{finished.peak_memory_bytes / 2**20:.0f}",
+    }
 
 
 async def first_of(events: Events) -> Events:

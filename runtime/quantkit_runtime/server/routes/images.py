@@ -18,11 +18,13 @@ from quantkit_runtime.server.errors import ApiError, bad_request
 from quantkit_runtime.server.media import decode_image, encode_image
 from quantkit_runtime.server.protocol import Finished, Frames, ImageRequest, Progress
 from quantkit_runtime.server.routes.common import (
-    ERRORS,
+    OF_RUNS,
     Events,
     ask,
     client_of,
     context_of,
+    cost_headers,
+    errors,
     first_of,
     new_id,
     sse,
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
     from quantkit_runtime.server.deployment import Deployment
 
-router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERRORS)
+router = APIRouter(prefix="/v1/images", tags=["images"], responses=errors(*OF_RUNS))
 
 
 @router.post(
@@ -79,12 +81,7 @@ async def _draw(request: Request, body: ImageOptions, asked: ImageRequest, deplo
     timeout_s = context_of(request).settings.limits.request_timeout_s
     client = client_of(request, body.user)
     finished, ticket = await deployment.scheduler.run(asked, client, timeout_s=timeout_s)
-    headers = {
-        "X-Model": deployment.name,
-        "X-Inference-Time-S": f"{finished.seconds:.3f}",
-        "X-Queue-Time-S": f"{ticket.wait_s or 0:.3f}",
-        "X-Peak-Memory-MB": f"{finished.peak_memory_bytes / 2**20:.0f}",
-    }
+    headers = cost_headers(deployment, finished, ticket)
     return Response(await _answer(body, asked, finished), headers=headers, media_type="application/json")
 
 

@@ -10,10 +10,10 @@ from fastapi.responses import JSONResponse
 
 import quantkit_runtime
 from quantkit_runtime.server.errors import ApiError
-from quantkit_runtime.server.routes.common import ERRORS, context_of
+from quantkit_runtime.server.routes.common import context_of, errors
 from quantkit_runtime.server.schemas import Health, ModelCard, ModelList, Version
 
-router = APIRouter(tags=["service"], responses=ERRORS)
+router = APIRouter(tags=["service"])
 _STARTED = int(time.time())
 
 
@@ -24,7 +24,7 @@ async def models(request: Request) -> ModelList:
     return ModelList(data=[ModelCard(id=name, created=_STARTED) for name in names])
 
 
-@router.get("/v1/models/{name:path}", response_model=ModelCard)
+@router.get("/v1/models/{name:path}", response_model=ModelCard, responses=errors(404))
 async def model(name: str, request: Request) -> ModelCard:
     """Tell of one model."""
     if name not in context_of(request).deployments.by_name:

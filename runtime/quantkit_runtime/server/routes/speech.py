@@ -14,12 +14,12 @@ from quantkit_runtime.server.conversation import speech_request
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.media import SOUND_TYPES, encode_sound
 from quantkit_runtime.server.protocol import Delta, Finished
-from quantkit_runtime.server.routes.common import ERRORS, Events, ask, context_of, new_id, unless_gone
+from quantkit_runtime.server.routes.common import OF_RUNS, Events, ask, context_of, errors, new_id, unless_gone
 
 if TYPE_CHECKING:
     from quantkit_runtime.server.deployment import Deployment
 
-router = APIRouter(prefix="/v1/audio", tags=["speech"], responses=ERRORS)
+router = APIRouter(prefix="/v1/audio", tags=["speech"], responses=errors(*OF_RUNS))
 
 
 @router.post(

@@ -12,33 +12,36 @@ from fastapi import APIRouter, Form, Header, Query, Request, Response
 from quantkit_runtime.server.checks import video_request
 from quantkit_runtime.server.media import decode_image, encode_mp4
 from quantkit_runtime.server.protocol import Frames, VideoRequest
-from quantkit_runtime.server.routes.common import ERRORS, client_of, context_of, new_id, owner_of, unless_gone
-from quantkit_runtime.server.schemas import ErrorBody, Video, VideoDeleted, VideoError, VideoForm, VideoList
+from quantkit_runtime.server.routes.common import (
+    OF_RUNS,
+    client_of,
+    context_of,
+    cost_headers,
+    errors,
+    new_id,
+    owner_of,
+    unless_gone,
+)
+from quantkit_runtime.server.schemas import Video, VideoDeleted, VideoError, VideoForm, VideoList
 
 if TYPE_CHECKING:
     from quantkit_runtime.server.deployment import Deployment
     from quantkit_runtime.server.job_store import Job
     from quantkit_runtime.server.jobs import Jobs
 
-router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=ERRORS)
+router = APIRouter(prefix="/v1/videos", tags=["videos"])
 Body = Annotated[VideoForm, Form(media_type="multipart/form-data")]
 _MP4: dict[int | str, dict[str, Any]] = {200: {"content": {"video/mp4": {}}, "description": "The video"}}
-_KEY_REUSED: dict[int | str, dict[str, Any]] = {
-    409: {"model": ErrorBody, "description": "The Idempotency-Key was used for another request"}
-}
-_NOT_COMPLETED: dict[int | str, dict[str, Any]] = {
-    409: {"model": ErrorBody, "description": "The video is not completed"}
-}
 
 
-@router.post("/sync", response_class=Response, responses=_MP4)
+@router.post("/sync", response_class=Response, responses=_MP4 | errors(*OF_RUNS))
 async def generate(body: Body, request: Request) -> Response:
     """Draw a video and answer with it."""
     deployment, asked, _ = await _read(body, request)
     return await unless_gone(request, _draw(request, body, asked, deployment))
 
 
-@router.post("", response_model=Video, responses=_KEY_REUSED)
+@router.post("", response_model=Video, responses=errors(400, 404, 409, 413, 415, 429, 503))
 async def create(
     body: Body,
     request: Request,
@@ -57,7 +60,7 @@ async def create(
     return _video(job, jobs)
 
 
-@router.get("", response_model=VideoList)
+@router.get("", response_model=VideoList, responses=errors(400, 404, 503))
 async def list_videos(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -76,14 +79,14 @@ async def list_videos(
     )
 
 
-@router.get("/{video_id}", response_model=Video)
+@router.get("/{video_id}", response_model=Video, responses=errors(404, 503))
 async def retrieve(video_id: str, request: Request) -> Video:
     """Tell where a job stands."""
     jobs = context_of(request).jobs
     return _video(await jobs.get(video_id, owner_of(request)), jobs)
 
 
-@router.get("/{video_id}/content", response_class=Response, responses=_MP4 | _NOT_COMPLETED)
+@router.get("/{video_id}/content", response_class=Response, responses=_MP4 | errors(400, 404, 409, 503))
 async def content(
     video_id: str, request: Request, variant: Annotated[Literal["video"], Query()] = "video"
 ) -> Response:
@@ -94,7 +97,7 @@ async def content(
     return Response(await jobs.content(job), media_type="video/mp4", headers={"X-Model": job.model})
 
 
-@router.delete("/{video_id}", response_model=VideoDeleted)
+@router.delete("/{video_id}", response_model=VideoDeleted, responses=errors(404, 503))
 async def delete(video_id: str, request: Request) -> VideoDeleted:
     """Delete a job and its video; stop it if it runs."""
     await context_of(request).jobs.delete(video_id, owner_of(request))
@@ -119,11 +122,7 @@ async def _draw(request: Request, body: VideoForm, asked: VideoRequest, deployme
     finished, ticket = await deployment.scheduler.run(asked, client_of(request, body.user), timeout_s=timeout_s)
     assert isinstance(finished.result, Frames)
     video = await asyncio.to_thread(encode_mp4, finished.result.pixels, asked.fps)
-    headers = {
-        "X-Model": deployment.name,
-        "X-Inference-Time-S": f"{finished.seconds:.3f}",
-        "X-Queue-Time-S": f"{ticket.wait_s or 0:.3f}",
-        "X-Peak-Memory-MB": f"{finished.peak_memory_bytes / 2**20:.0f}",
+    headers = cost_headers(deployment, finished, ticket) | {
         "X-Num-Frames": str(len(finished.result.pixels)),
         "X-Seed": str(asked.seed),
     }
