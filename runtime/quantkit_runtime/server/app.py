@@ -145,3 +145,4 @@ async def _start(context: Context) -> None:
         limits = context.settings.limits
         store = await asyncio.to_thread(JobStore, context.settings.jobs_folder(), limits.job_ttl_s)
         context.running_jobs = Jobs(store, draws_videos, limits)
+        await context.running_jobs.warn_of_others()

@@ -239,14 +239,14 @@ class JobStore:
                 database.execute("DELETE FROM jobs WHERE id = ?", (row["id"],))
                 self._unlink(row["id"])
 
-    def usage(self) -> tuple[int, int]:
-        """Return how many jobs wait, and the bytes of all files."""
+    def usage(self) -> tuple[dict[str, int], int]:
+        """Return how many jobs wait for each model, and the bytes of all files."""
         with self._lock:
-            waiting = self._database.execute("SELECT COUNT(*) AS n FROM jobs WHERE status = 'queued'").fetchone()[
-                "n"
-            ]
+            rows = self._database.execute(
+                "SELECT model, COUNT(*) AS n FROM jobs WHERE status = 'queued' GROUP BY model"
+            ).fetchall()
             size = self._database.execute("SELECT COALESCE(SUM(bytes), 0) AS n FROM jobs").fetchone()["n"]
-        return int(waiting), int(size)
+        return {row["model"]: row["n"] for row in rows}, int(size)
 
     def video_file(self, identity: str) -> Path:
         """Return where the video of a job is."""

@@ -43,6 +43,14 @@ class Jobs:
         ]
         self._workers = [asyncio.create_task(_for_ever(work)) for work in rounds]
 
+    async def warn_of_others(self) -> None:
+        """Log which jobs no served model runs: they wait until the server is started with their model again."""
+        by_model, _ = await asyncio.to_thread(self._store.usage)
+        for model in by_model.keys() - self._arrived.keys():
+            log.warning(
+                "video jobs wait for a model that is not served", extra={"model": model, "jobs": by_model[model]}
+            )
+
     async def stop(self) -> None:
         """Run no more jobs; what runs is queued again for the next start."""
         for worker in self._workers:
@@ -79,7 +87,8 @@ class Jobs:
         return _of_same_request(job, body_hash)
 
     async def _check_room(self) -> None:
-        waiting, size = await asyncio.to_thread(self._store.usage)
+        by_model, size = await asyncio.to_thread(self._store.usage)
+        waiting = sum(by_model.get(model, 0) for model in self._arrived)
         if waiting >= self._limits.max_jobs:
             raise ApiError(
                 429, f"{waiting} jobs wait; at most {self._limits.max_jobs}", code="queue_full",

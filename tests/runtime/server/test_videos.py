@@ -1,5 +1,6 @@
 """/v1/videos: at once and as jobs; what becomes of jobs when the server ends."""
 
+import dataclasses
 import io
 import sqlite3
 import time
@@ -280,3 +281,21 @@ def test_a_damaged_database_is_a_clear_error(tmp_path):
     (tmp_path / "jobs.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(SettingsError, match="move it away"):
         JobStore(tmp_path, TTL_S)
+
+
+def test_jobs_of_a_model_that_is_not_served_wait_for_it_and_take_no_place(settings, tmp_path, caplog):
+    choice = settings("videos", state_dir=tmp_path / "state", max_jobs=1)
+    store = JobStore(choice.jobs_folder(), TTL_S)
+    asked = {"prompt": "a cat", "seed": 1, "width": 64, "height": 64, "num_frames": 5, "fps": 16,
+             "options": {"num_inference_steps": 2}, "negative_prompt": None}  # fmt: skip
+    other, _ = store.create("", "another", asked, None, body_hash="", idempotency_key=None)
+    store.close()
+    with serving.running(choice) as server, httpx2.Client(base_url=server.url, timeout=30) as client:
+        created = client.post(PATH, files=form(prompt="a cat", seed=2))
+        assert created.status_code == 200, created.text
+        serving.until(lambda: client.get(f"{PATH}/{created.json()['id']}").json()["status"] == "completed")
+    [warning] = [one for one in caplog.records if "model that is not served" in one.message]
+    assert (warning.model, warning.jobs) == ("another", 1)
+    renamed = dataclasses.replace(choice, models={"another": choice.models["videos"]})
+    with serving.running(renamed) as server, httpx2.Client(base_url=server.url, timeout=30) as client:
+        serving.until(lambda: client.get(f"{PATH}/{other.id}").json()["status"] == "completed")
