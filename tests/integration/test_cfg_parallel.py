@@ -36,6 +36,7 @@ EQUAL = [
 ]  # fmt: skip
 REFUSED = {
     "no guidance": {"model": "flux", "kwargs": {**FLUX, "true_cfg_scale": 1.0}},
+    "no guidance of bagel": {"model": "bagel", "kwargs": {**IMAGE, "guidance_scale": 1.0}},
     "other prompt on rank 1": {"model": "flux", "kwargs": FLUX, "on_rank_1": {"prompt": "a blue square"}},
     "other seed on rank 1": {"model": "flux", "kwargs": FLUX, "on_rank_1": {"seed": 4}},
     "latents disturbed on rank 1": {"model": "flux", "kwargs": FLUX, "callback": ["disturb_rank", 1, 3]},
@@ -90,6 +91,7 @@ def test_without_a_seed_both_ranks_use_the_one_that_was_drawn(ranks):
     ("name", "reason"),
     [
         ("no guidance", "guidance is off: .* turn guidance on"),
+        ("no guidance of bagel", "guidance is off: .* turn guidance on"),
         ("other prompt on rank 1", "^prompt: not the same on all ranks"),
         ("other seed on rank 1", "^generator: not the same on all ranks"),
         ("latents disturbed on rank 1", "step 5: the ranks have drifted apart"),

@@ -73,11 +73,13 @@ class BagelDenoiser(nn.Module):
         weight: Tensor = self.bagel.vae2llm.weight
         return weight.dtype
 
-    def forward(self, latents: Tensor, timestep: Tensor, places: Tensor, prompt: Layers, position: int) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, places: Tensor, prompt: Layers, position: int
+    ) -> Tensor:
         """Return the velocity, which points from the picture to noise.
 
         Args:
-            latents: (1, T, L), float32.
+            hidden_states: Latents, (1, T, L), float32; called so in diffusers' transformers.
             timestep: (1,), 1 for noise and 0 for the picture.
             places: Int64 (T,), in the grid of the largest picture.
             prompt: What was read before; empty for the branch without.
@@ -86,16 +88,16 @@ class BagelDenoiser(nn.Module):
         Returns:
             (1, T, L), float32.
         """
-        bagel, decoder = self.bagel, self.bagel.language_model.model
-        drawn = bagel.vae2llm(latents.to(self.dtype))
+        bagel, decoder, device = self.bagel, self.bagel.language_model.model, hidden_states.device
+        drawn = bagel.vae2llm(hidden_states.to(self.dtype))
         drawn = drawn + bagel.time_embedder(timestep)[:, None] + bagel.latent_pos_embed(places)
-        begin, end = decoder.embed_tokens(torch.tensor([self._marks], device=latents.device)).split(1, dim=1)
+        begin, end = decoder.embed_tokens(torch.tensor([self._marks], device=device)).split(1, dim=1)
         hidden = torch.cat((begin, drawn, end), dim=1)
-        is_latent = torch.ones(hidden.shape[:2], dtype=torch.bool, device=latents.device)
+        is_latent = torch.ones(hidden.shape[:2], dtype=torch.bool, device=device)
         is_latent[:, [0, -1]] = False
         hidden = decoder(
             hidden,
-            positions=torch.full(hidden.shape[:2], position, device=latents.device),
+            positions=torch.full(hidden.shape[:2], position, device=device),
             is_causal=False,
             latent=is_latent,
             cache=_Prompt(prompt),
