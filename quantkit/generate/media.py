@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.errors import MissingExtraError
+from quantkit_runtime.x264 import steady_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,12 +44,13 @@ def check_video_encoder() -> None:
 
 
 def _write_mp4(path: Path, frames: np.ndarray, frames_per_second: int) -> None:
-    """Encode H.264, visually lossless; sides that are odd lose their last row or column."""
+    """Encode H.264, visually lossless, equal frames to equal bytes; odd sides lose their last row or column."""
     import av
 
     height, width = (side - side % 2 for side in frames.shape[1:3])
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(frames_per_second), options={"crf": "16"})
+        options = {"crf": "16", **steady_options()}
+        stream = container.add_stream("libx264", rate=Fraction(frames_per_second), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(frame[:height, :width].copy(), format="rgb24")

@@ -15,6 +15,7 @@ import numpy as np
 
 from quantkit_runtime.server.errors import ApiError, bad_request
 from quantkit_runtime.server.png import encode_png
+from quantkit_runtime.x264 import steady_options
 
 if TYPE_CHECKING:
     from quantkit_runtime.server.settings import Limits
@@ -70,13 +71,14 @@ def encode_image(pixels: np.ndarray, form: ImageFormat = "png", quality: int = 9
 
 
 def encode_mp4(frames: np.ndarray, fps: int) -> bytes:
-    """Encode uint8 frames (count, height, width, 3) as H.264 in MP4."""
+    """Encode uint8 frames (count, height, width, 3) as H.264 in MP4; equal frames give equal bytes."""
     import av
 
     _, height, width, _ = frames.shape
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "18", "preset": "veryfast"})
+        options = {"crf": "18", "preset": "veryfast", **steady_options()}
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.width, stream.height = width, height
         # Players expect half as many colours as pixels, which odd sizes cannot have.
         stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"
