@@ -103,8 +103,6 @@ def command(
 def _next_command(recipe: str, source: str, prepared: Prepared, target: Path) -> list[str]:
     """Return the arguments that hold the result against its source."""
     family = prepared.family
-    if not family.sampling.given():  # nothing can be asked of such a model yet
-        return ["verify", str(target), "--source", source]
     what = ["compare", "--task", family.task, "--reference", source, "--candidate", str(target), "--recipe", recipe]
     if prepared.loaded.recipe.compare.prompts is None:
         what += ["--prompts", _PROMPTS[family.task]]

@@ -7,13 +7,14 @@ image, which adds up its errors, and text does not calibrate it: it stays in 16 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Component, ModelFolder, read_json
-from quantkit.errors import CheckpointError, RecipeError, UnsupportedModelError
+from quantkit.errors import CheckpointError, RecipeError
 from quantkit.families.base import DiffusionFamily, Family, Linear, read_image
 from quantkit.families.language import LanguageFamily, bare_model
 from quantkit.families.serving import LANGUAGE_MODEL
@@ -29,13 +30,18 @@ if TYPE_CHECKING:
 class BagelFamily(LanguageFamily):
     """The family of BAGEL, whose class is `quantkit_runtime.models.bagel.Bagel`."""
 
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """It answers and draws, see `Family.tasks`."""
+        return self.task, DRAWING.task
+
     def for_task(self, task: Task) -> Family:
         """Return what answers, or what draws, see `Family.for_task`."""
-        if task == DRAWING.task:
-            return DRAWING
-        if task != self.task:
-            raise UnsupportedModelError(f"task {task}: the family {self.name} does {self.task} and {DRAWING.task}")
-        return self
+        return DRAWING if task == DRAWING.task else super().for_task(task)
+
+    def how_to_guide(self) -> str:
+        """Only pictures are guided, see `Family.how_to_guide`."""
+        return f"its answers have none, and its pictures (--output x.png) are guided with --{DRAWING.guidance}"
 
     def build(self, component: Component) -> torch.nn.Module:
         """Build all but the VAE, see `quantkit.families.base.Family.build`."""
@@ -108,11 +114,15 @@ BAGEL = BagelFamily(
 
 
 def _grid(source: ModelFolder) -> Grid:
-    """Return the sizes that BAGEL draws: its VAE's pixels per latent, times the latents of a token."""
-    config = source.config
-    return Grid(
-        int((config.get("vae_config") or {}).get("downsample", 8)) * int(config.get("latent_patch_size", 2))
-    )
+    """Return the sizes that BAGEL draws: of its VAE's pixels per latent, times the latents of a token.
+
+    It knows as many places for tokens as its table has rows, whatever its configuration says.
+    """
+    pixels = (source.config.get("vae_config") or {}).get("downsample", 8)
+    side = int(pixels) * int(source.config.get("latent_patch_size", 2))
+    (component,) = source.components.values()
+    places = component.tensors.get("latent_pos_embed.pos_embed")
+    return Grid(side, most=None if places is None else side * math.isqrt(places.shape[0]))
 
 
 DRAWING = DiffusionFamily(

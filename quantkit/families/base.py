@@ -100,14 +100,19 @@ class Family(ABC):
     several_devices: bool = False
     vllm_omni: VllmOmni | None = None
 
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """All that its models do; most do but one thing."""
+        return (self.task,)
+
     def for_task(self, task: Task) -> Family:
-        """Return the family as which its models do a task; most do but one.
+        """Return the family as which its models do a task.
 
         Raises:
             UnsupportedModelError: They do not do it.
         """
         if task != self.task:
-            raise UnsupportedModelError(f"task {task}: the family {self.name} does {self.task}")
+            raise UnsupportedModelError(f"task {task}: the family {self.name} does {' and '.join(self.tasks)}")
         return self
 
     def engine_of(self, component: Component) -> VllmOmni | None:

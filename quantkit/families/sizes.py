@@ -18,10 +18,12 @@ class Grid:
     Attributes:
         side: Height and width are multiples of it, pixels.
         frames: ``num_frames`` is one more than a multiple of it.
+        most: Height and width at most, pixels; None is any.
     """
 
     side: int
     frames: int = 1
+    most: int | None = None
 
 
 def picture_grid(source: ModelFolder, *, latents: int = 2) -> Grid:
@@ -70,6 +72,9 @@ def check_grid(grid: Grid, family: str, sampling: Sampling, named: Callable[[str
     problems = []
     for key, step, first in (("height", grid.side, 0), ("width", grid.side, 0), ("num_frames", grid.frames, 1)):
         value = getattr(sampling, key)
+        if value is not None and first == 0 and grid.most is not None and value > grid.most:
+            problems.append(f"{named(key)}: is {value}, but this {family} model draws at most {grid.most}")
+            continue
         if value is None or (value - first) % step == 0:
             continue
         below = value - (value - first) % step

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from quantkit.checkpoint import open_model
 from quantkit.errors import OutputError, RecipeError, UnsupportedModelError
 from quantkit.execution import resolve_device, resolve_dtype
+from quantkit.families.base import Family
 from quantkit.families.registry import detect, get_family
 from quantkit.families.sizes import check_extent, given_in
 from quantkit.generate.media import check_video_encoder
@@ -23,6 +23,7 @@ from quantkit_runtime.choice import check_choice
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".gif", "")
 TEXT_SUFFIXES = (".txt",)
+_SUFFIXES = {"t2i": IMAGE_SUFFIXES, "chat": TEXT_SUFFIXES}
 _BYTES_PER_PIXEL = 3
 
 
@@ -114,10 +115,16 @@ def prepare(request: Request) -> Job:
         raise RecipeError("--prompt: is empty")
     model = open_model(request.model)
     family = detect(model)
-    if request.output is not None and request.output.suffix.lower() in IMAGE_SUFFIXES:
-        with suppress(UnsupportedModelError):  # then the suffix is wrong, which is said below
-            family = family.for_task("t2i")
-    sampling = family.sampling_for(*request.sampling)
+    tasks = family.tasks
+    draws = request.output is not None and request.output.suffix.lower() in IMAGE_SUFFIXES
+    if draws and "t2i" in tasks:
+        family = family.for_task("t2i")
+    try:
+        sampling = family.sampling_for(*request.sampling)
+    except RecipeError as error:
+        if family.task == "t2i" or "t2i" not in tasks:
+            raise
+        raise RecipeError(f"{error}; to draw, give an image as --output, such as x.png") from error
     family.check_sizes(model, sampling, given_in(request.sampling))
     if not request.any_size:
         check_extent(sampling, given_in(request.sampling))
@@ -136,7 +143,7 @@ def prepare(request: Request) -> Job:
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
     job = Job(request, family.name, family.task, seed, sampling, ranks)
     for replica in range(request.replicas):
-        _check_output(request, job.output_of(replica), family.task, sampling)
+        _check_output(request, job.output_of(replica), family, tasks, sampling)
     return job
 
 
@@ -160,22 +167,25 @@ def _check_inputs(prompt: Prompt, name: str, task: str) -> None:
         if path is None:
             continue
         if kind not in takes:
-            raise RecipeError(f"--{kind}: {name} takes none; leave it out")
+            draws = "draws from text alone" if task == "t2i" else "takes none"
+            raise RecipeError(f"--{kind}: {name} {draws}; leave it out")
         if not Path(path).is_file():
             raise RecipeError(f"--{kind}: {path}: no such file")
     if task == "i2v" and prompt.image is None:
         raise RecipeError(f"--image: {name} starts from a picture; give one")
 
 
-def _check_output(request: Request, output: Path | None, task: str, sampling: Sampling) -> None:
-    suffixes = {"t2i": IMAGE_SUFFIXES, "chat": TEXT_SUFFIXES}.get(task, VIDEO_SUFFIXES)
+def _check_output(
+    request: Request, output: Path | None, family: Family, tasks: Sequence[Task], sampling: Sampling
+) -> None:
+    suffixes = [suffix for task in tasks for suffix in _SUFFIXES.get(task, VIDEO_SUFFIXES)]
     known = " or ".join(suffix or "a folder (no suffix)" for suffix in suffixes)
     if output is None:
-        if task != "chat":
+        if family.task != "chat":
             raise OutputError(f"--output: give a file to write, {known}")
         return
     if output.suffix.lower() not in suffixes:
-        raise OutputError(f"{output}: a model of task {task} writes {known}")
+        raise OutputError(f"{output}: {family.name} writes {known}")
     if output.is_dir() != (output.suffix == "") and output.exists():
         kind = "a folder" if output.is_dir() else "a file"
         raise OutputError(f"{output}: is {kind}; give another --output")

@@ -94,7 +94,7 @@ def prepare(loaded: LoadedRecipe, source: Path | ModelFolder) -> Prepared:
         )
     if recipe.model.task != family.task:
         raise UnsupportedModelError(
-            f"{loaded.path}: model.task: {family.name} does {family.task}, not {recipe.model.task}"
+            f"{loaded.path}: model.task: recipes of {family.name} say {family.task}, not {recipe.model.task}"
         )
     for name in ("calibration", "compare", "serve"):
         section = getattr(recipe, name)

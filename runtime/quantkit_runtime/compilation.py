@@ -72,7 +72,7 @@ def _compile_blocks(model: nn.Module, name: str, options: dict[str, Any]) -> Non
         raise QuantkitRuntimeError(
             f"compile: {name}: has no blocks of class {wanted.pattern}; load it without compile"
         )
-    if not classes:
+    if any(re.fullmatch(_DECODER_LAYER, type(block).__name__) for block in blocks.values()):
         options = _for_decoder_layers(len(blocks)) | options
     for block in blocks.values():
         block.compile(fullgraph=True, **options)

@@ -223,7 +223,7 @@ def test_a_model_of_no_known_family(fails, model):
 
 def test_a_task_that_the_family_does_not_do(fails, model):
     line = fails(RECIPE, model, "--set", "model.task=t2v")
-    assert line == "./recipe.yaml: model.task: flux does t2i, not t2v"
+    assert line == "./recipe.yaml: model.task: recipes of flux say t2i, not t2v"
 
 
 def test_a_threshold_on_a_metric_that_does_not_exist(fails, model):

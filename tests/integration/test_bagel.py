@@ -28,7 +28,9 @@ from quantkit.recipe import load_recipe
 from quantkit_runtime import load_model, load_pipeline
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.format import dequantize, pack
+from quantkit_runtime.generation.batch import write_greedily
 from quantkit_runtime.linear import W4A16Linear
+from quantkit_runtime.models.bagel_processor import BagelProcessor
 from quantkit_runtime.rounding import quantize_rtn
 from quantkit_runtime.server.protocol import ModelSpec
 from quantkit_runtime.server.settings import Settings
@@ -48,6 +50,7 @@ DRAWING = {
 }
 SCHEME = Scheme(4, 64, True)
 TUNED = ["scheme.iters=6", "scheme.lr=0.02", "scheme.nsamples=3", "scheme.batch_size=1"]
+SMALL = ["--height", "32", "--width", "32"]
 TEXTS = ["what is on the left", "draw a red circle on the right", "a black square is on the white square"]
 
 
@@ -313,10 +316,14 @@ def command(monkeypatch, capfd):
 
 def test_a_packed_model_answers_on_the_command_line(rounded, picture, command):
     options = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "6"]
-    for more in ([], ["--image", picture]):
+    model, processor = load_model(rounded, dtype=torch.float32), BagelProcessor(rounded)
+    writer = model.make_writer(processor.tokenizer)
+    for more, seen in ([], []), (["--image", picture], [Image.open(picture)]):
         code, answer = command("generate", rounded, "--prompt", "what is on the left", *more, *options)
         assert code == 0
-        assert answer.strip()
+        inputs = processor([*seen, "what is on the left"])
+        pieces = write_greedily(writer, processor.tokenizer, inputs, 6)
+        assert answer.strip() == "".join(piece.text for piece in pieces).strip()
 
 
 def test_a_packed_model_draws_on_the_command_line_what_the_pipeline_draws(rounded, tmp_path, command, shows):
@@ -330,11 +337,33 @@ def test_a_packed_model_draws_on_the_command_line_what_the_pipeline_draws(rounde
     shows("bagel", "generate")
 
 
-def test_sizes_that_it_does_not_draw_are_refused_before_it_is_loaded(rounded, tmp_path, command):
-    code, _ = command("generate", rounded, "--prompt", "x", "--output", tmp_path / "x.png", "--height", "40")
-    assert code == 2
-    code, _ = command("generate", rounded, "--prompt", "x", "--output", tmp_path / "x.mp4")
-    assert code == 2
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--output", "x.png", "--height", "40"],
+            "--height: is 40, but this bagel model draws multiples of 16; use",
+        ),
+        (["--output", "x.png", "--width", "80"], "--width: is 80, but this bagel model draws at most 64"),
+        (["--output", "x.mp4"], "x.mp4: bagel writes .txt or .png or .jpg"),
+        (["--height", "32"], "bagel takes no height (it takes max_new_tokens); to draw, give an image as --output"),
+        (["--cfg-parallel", "2"], "its answers have none, and its pictures (--output x.png) are guided with"),
+        ([*SMALL, "--output", "x.png", "--image", "PICTURE"], "--image: bagel draws from text alone"),
+    ],
+)
+def test_what_it_does_not_do_is_refused_before_it_is_loaded(
+    rounded, picture, options, message, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("quantkit_runtime.load_model", None)
+    monkeypatch.setattr("quantkit_runtime.load_pipeline", None)
+    options = [str(picture) if option == "PICTURE" else option for option in options]
+    monkeypatch.setattr(sys, "argv", ["quantkit", "generate", str(rounded), "--prompt", "x", *options])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_packed_model_is_compared_by_its_answers_and_by_its_pictures(source, rounded, tmp_path, command, shows):

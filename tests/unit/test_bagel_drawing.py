@@ -1,5 +1,7 @@
 """How BAGEL draws, against its authors' algorithm written out without a cache."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny_bagel
@@ -136,12 +138,31 @@ def test_callbacks_see_and_change_the_latents_of_every_step(pipeline):
         ({"height": 40}, "height: must be a multiple of 16 up to 64, not 40"),
         ({"width": 80}, "width: must be a multiple of 16 up to 64, not 80"),
         ({"prompt": ["a", "b"]}, "prompt: one picture at a time, not 2"),
+        ({"prompt": []}, "prompt: one picture at a time, not 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps: must be at least 1, not 0"),
+        ({"latents": torch.zeros(1, 4, 64)}, r"latents: must have shape \(1, 8, 64\), not \(1, 4, 64\)"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "knows latents alone, not prompt_embeds"),
     ],
 )
 def test_what_it_cannot_draw_is_refused(pipeline, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipeline(**{"prompt": PROMPT, "height": 32, "width": 64, "num_inference_steps": 1, **arguments})
+
+
+def test_a_prompt_beyond_the_context_is_refused(pipeline, monkeypatch):
+    text = dataclasses.replace(pipeline.transformer.bagel.config.text, max_position_embeddings=8)
+    config = dataclasses.replace(pipeline.transformer.bagel.config, text=text)
+    monkeypatch.setattr(pipeline.transformer.bagel, "config", config)
+    draw(pipeline, prompt="red red red red red")
+    with pytest.raises(ValueError, match="prompt: 8 tokens; the model reads at most 7"):
+        draw(pipeline, prompt="red red red red red red")
+
+
+def test_it_tells_its_device_and_does_not_pretend_to_be_saved(pipeline, tmp_path):
+    assert pipeline.device == torch.device("cpu")
+    with pytest.raises(NotImplementedError, match="copy the folder"):
+        pipeline.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_the_published_autoencoder_becomes_that_of_diffusers(folder):

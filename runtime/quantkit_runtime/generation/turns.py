@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -25,6 +27,8 @@ class Turns(Generic[T]):
 
     def __init__(self, call: Callable[[Callable[[], None]], T]) -> None:
         self._call = call
+        # A thread begins on the first accelerator, whatever that of its starter.
+        self._place = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         self._ours = threading.Semaphore(0)
         self._theirs = threading.Semaphore(0)
         self._is_stopped = False
@@ -66,7 +70,8 @@ class Turns(Generic[T]):
         self._theirs.acquire()
         try:
             if not self._is_stopped:
-                self._result = self._call(self._give_way)
+                with torch.accelerator.device_index(self._place):
+                    self._result = self._call(self._give_way)
         except StoppedError:
             pass
         except BaseException as error:  # noqa: BLE001  (handed to the other thread)

@@ -144,14 +144,15 @@ def multiply_sorted(
     return hopper_launch.multiply_sorted(x.contiguous(), tiles, scales, zeros, group, expert, start, block_rows)
 
 
-for _name, _function in (
-    ("linear", linear),
-    ("unpack", unpack),
-    ("quantize_rows", quantize_rows),
-    ("linear_fp8", linear_fp8),
-    ("multiply_experts", multiply_experts),
-    ("multiply_sorted", multiply_sorted),
-):
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "linear": linear,
+    "unpack": unpack,
+    "quantize_rows": quantize_rows,
+    "linear_fp8": linear_fp8,
+    "multiply_experts": multiply_experts,
+    "multiply_sorted": multiply_sorted,
+}
+for _name, _function in OPERATORS.items():
     # One implementation for every device: Triton compiles for the current one.
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 

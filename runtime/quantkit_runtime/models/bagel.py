@@ -74,6 +74,22 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
+    """Attend with several query heads to each head of keys and values; arguments as in `Attention`.
+
+    With a mask, torch's kernels that hold no scores in memory want as many heads of each.
+    """
+    attend = functional.scaled_dot_product_attention
+    if mask is None:
+        return attend(query, key, value, is_causal=is_causal, enable_gqa=True)
+    group = query.shape[1] // key.shape[1]
+    if query.shape[2] == 1:  # the heads of a group are rows that see the same: nothing is repeated
+        rows = query.view(query.shape[0], key.shape[1], group, -1)
+        return attend(rows, key, value, attn_mask=mask).view(query.shape)
+    key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
+    return attend(query, key, value, attn_mask=mask)
+
+
 class Attention(nn.Module):
     """Grouped-query attention; queries and keys are normalized per head before they are rotated."""
 
@@ -113,9 +129,7 @@ class Attention(nn.Module):
         query, key = _rotate(query, *position_embeddings), _rotate(key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
-        attended = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, is_causal=is_causal, enable_gqa=True
-        )
+        attended = _attend(query, key, value, attention_mask, is_causal=is_causal)
         return _route(self.o_proj, self.o_proj_moe_gen, attended.transpose(1, 2).flatten(2), rows)
 
     def _split(self, x: Tensor) -> Tensor:

@@ -73,6 +73,12 @@ class BagelDenoiser(nn.Module):
         weight: Tensor = self.bagel.vae2llm.weight
         return weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Of all weights."""
+        weight: Tensor = self.bagel.vae2llm.weight
+        return weight.device
+
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, places: Tensor, prompt: Layers, position: int
     ) -> Tensor:
@@ -116,7 +122,6 @@ class BagelPipeline(_Pipeline):  # type: ignore[misc]  # diffusers is optional
         processor: Of the model's folder.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ("latents",)
     max_prompts = 1
     """Guidance measures a whole picture, so pictures cannot be drawn side by side."""
@@ -165,18 +170,21 @@ class BagelPipeline(_Pipeline):  # type: ignore[misc]  # diffusers is optional
             callback_on_step_end_tensor_inputs: ``latents`` is the only one.
 
         Raises:
-            ValueError: A size, the number of prompts or a callback's tensor is none that the model takes.
+            ValueError: A size, the number of prompts or steps, the prompt's length, the shape of ``latents`` or a
+                callback's tensor is none that the model takes.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         height, width = (self.default_sample_size * self.vae_scale_factor if side is None else side
                          for side in (height, width))  # fmt: skip
-        self._check(texts, height, width, callback_on_step_end_tensor_inputs)
-        device = self.transformer.bagel.vae2llm.weight.device
+        self._check(texts, height, width, num_inference_steps, callback_on_step_end_tensor_inputs)
+        device = self.transformer.device
         rows, columns = height // self.size_multiple, width // self.size_multiple
         places = (torch.arange(rows)[:, None] * self._side + torch.arange(columns)).flatten().to(device)
         shape = (1, rows * columns, self.transformer.bagel.config.latent_dim)
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"latents: must have shape {shape}, not {tuple(latents.shape)}")
         noise = import_optional("diffusers.utils.torch_utils").randn_tensor
-        latents = (noise(shape, generator, torch.device("cpu")) if latents is None else latents).float().to(device)
+        latents = (noise(shape, generator, device) if latents is None else latents).float().to(device)
         layers, position = self._read(texts[0])
         points = np.linspace(1, 0, num_inference_steps + 1)[:-1]
         self.scheduler.set_timesteps(sigmas=points.tolist(), device=device)
@@ -198,9 +206,19 @@ class BagelPipeline(_Pipeline):  # type: ignore[misc]  # diffusers is optional
         output = import_optional("diffusers.pipelines.pipeline_utils").ImagePipelineOutput
         return output(images=images) if return_dict else (images,)
 
-    def _check(self, texts: list[str], height: int, width: int, tensors: Sequence[str]) -> None:
-        if len(texts) > self.max_prompts:
+    def save_pretrained(self, *_args: Any, **_options: Any) -> None:
+        """Refuse: its folder is not laid out as diffusers' are.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("a BAGEL has no layout of diffusers; copy the folder that it was loaded from")
+
+    def _check(self, texts: list[str], height: int, width: int, steps: int, tensors: Sequence[str]) -> None:
+        if len(texts) != self.max_prompts:
             raise ValueError(f"prompt: one picture at a time, not {len(texts)}")
+        if steps < 1:
+            raise ValueError(f"num_inference_steps: must be at least 1, not {steps}")
         for name, value in (("height", height), ("width", width)):
             if value % self.size_multiple or not 0 < value <= self._side * self.size_multiple:
                 raise ValueError(
@@ -213,6 +231,9 @@ class BagelPipeline(_Pipeline):  # type: ignore[misc]  # diffusers is optional
     def _read(self, text: str) -> tuple[Layers, int]:
         """Return what a prompt leaves in the cache, and the position that follows it."""
         inputs = self.processor([text], answer=False)
+        tokens, most = inputs["input_ids"].shape[1], self.transformer.bagel.config.text.max_position_embeddings
+        if tokens >= most:
+            raise ValueError(f"prompt: {tokens} tokens; the model reads at most {most - 1}")
         read = self.transformer.bagel.make_writer(self.processor.tokenizer).read(inputs)
         layers = tuple((layer.keys, layer.values) for layer in read.cache.layers)
         return layers, int(inputs["positions"][0, -1]) + 1

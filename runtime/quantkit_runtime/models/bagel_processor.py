@@ -1,7 +1,8 @@
 """What BAGEL reads: texts between marks of begin and end, pictures between marks of their own.
 
 The model knows no roles. A conversation is its texts and pictures one after the other, as its authors feed it
-(``inferencer.py`` of ByteDance-Seed/Bagel); an answer begins with the mark that begins a text.
+(``Bagel.chat`` of ByteDance-Seed/Bagel; their demo makes a picture a multiple of 16 pixels first, as for editing).
+An answer begins with the mark that begins a text.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class BagelProcessor:
                 trust_remote_code=False,
             )
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise CheckpointFormatError(f"{folder}: holds no tokenizer that can be loaded: {reason}") from error
         known = self.tokenizer.get_vocab()
         if missing := [mark for mark in _MARKS if mark not in known]:

@@ -23,11 +23,7 @@ def test_the_result_is_compared_with_its_source_as_the_recipe_says():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", ["flux", "wan2.2-t2v", "wan2.2-i2v", "qwen2.5-omni"])
+@pytest.mark.parametrize("recipe", ["flux", "wan2.2-t2v", "wan2.2-i2v", "qwen2.5-omni", "bagel"])
 def test_a_recipe_without_prompts_is_compared_on_those_that_come_with_quantkit(recipe):
     command = next_command(recipe, "compare.prompts=null")
     assert find_prompts(command[command.index("--prompts") + 1], None).is_file()
-
-
-def test_what_cannot_be_compared_yet_is_verified():
-    assert next_command("bagel") == ["verify", "out", "--source", "org/model"]
