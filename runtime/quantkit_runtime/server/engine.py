@@ -7,14 +7,12 @@ Where several ranks share a model, each is such a process and gets the same mess
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import os
 import resource
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import import_module
@@ -22,6 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from quantkit_runtime.errors import ParallelError, QuantkitRuntimeError
+from quantkit_runtime.server.failures import classify, free_memory, is_broken, loaded_torch, reason_of
 from quantkit_runtime.server.inbox import Inbox
 from quantkit_runtime.server.logs import set_up_logging
 from quantkit_runtime.server.models.base import BatchModel, Cancelled, RequestRefusedError, StreamingModel
@@ -67,7 +66,7 @@ def main() -> None:
         inbox.send(StartFailed(str(error), is_mistake=True))
     except BaseException as error:
         log.error("engine failed", exc_info=error)
-        inbox.send(StartFailed(_reason(error), is_mistake=False))
+        inbox.send(StartFailed(reason_of(error), is_mistake=False))
         _exit(BROKEN)
     _exit(0)
 
@@ -83,7 +82,8 @@ def _start(spec: ModelSpec, inbox: Inbox, stack: ExitStack) -> BatchModel | Stre
     load = getattr(import_module(module), function)
     begin = _phase(inbox, "import", begin)
     model: BatchModel | StreamingModel = load(spec)
-    model.info = _as_asked(model.info, spec)
+    _check_defaults(model.info, spec)
+    model.set_defaults(spec.defaults)
     begin = _phase(inbox, "load", begin)
     if spec.warm_up:
         model.warm_up()
@@ -97,12 +97,11 @@ def _control_group() -> Any:
     return dist.new_group(backend="gloo")  # on the CPU, whatever the device
 
 
-def _as_asked(info: ModelInfo, spec: ModelSpec) -> ModelInfo:
+def _check_defaults(info: ModelInfo, spec: ModelSpec) -> None:
     unknown = spec.defaults.keys() - info.parameters - info.defaults.keys()
     if unknown:
         known = ", ".join(sorted(info.parameters | info.defaults.keys()))
         raise SettingsError(f"--default {min(unknown)}: {info.description} takes no such field; it takes {known}")
-    return dataclasses.replace(info, defaults=info.defaults | spec.defaults)
 
 
 def _phase(inbox: Inbox, name: str, begin: float) -> float:
@@ -166,11 +165,11 @@ class Engine:
             for request in requests:
                 self._fail(request, "cancelled", "cancelled")
         except Exception as error:
-            kind, message, param = _classify(error)
-            if kind != "refused" and (self._ranks > 1 or _is_broken(error)):
+            kind, message, param = classify(error)
+            if kind != "refused" and (self._ranks > 1 or is_broken(error)):
                 self._give_up(error, kind, message, requests)
             if kind == "out_of_memory":
-                _free_memory(error)
+                free_memory(error)
             if len(requests) > 1:  # only one of them may be at fault, or all together were too much
                 for request in requests:
                     self._run(model, [request])
@@ -186,8 +185,9 @@ class Engine:
     def _serve_stream(self, model: StreamingModel) -> None:
         while True:
             messages = self._agreed()
-            if not messages and not model.active:
-                messages = [self.inbox.wait()]
+            if not model.active:
+                messages = messages or [self.inbox.wait()]
+                _reset_peak_memory()  # so that the peak is one of what runs from now on
             for message in messages:
                 if isinstance(message, Stop):
                     return
@@ -215,9 +215,9 @@ class Engine:
             except RequestRefusedError as error:
                 self._fail(request, "refused", str(error), error.param)
             except Exception as error:
-                kind, text, param = _classify(error)
+                kind, text, param = classify(error)
                 log.error("request failed", exc_info=error, extra={"request_id": request.id})
-                if _is_broken(error):  # what one rank alone cannot admit shows before the next step
+                if is_broken(error):  # what one rank alone cannot admit shows before the next step
                     self._give_up(error, kind, text, [request])
                 self._fail(request, kind, text, param)
             else:
@@ -227,13 +227,13 @@ class Engine:
         try:
             events = model.step()
         except Exception as error:
-            kind, text, _ = _classify(error)
+            kind, text, _ = classify(error)
             log.error("step failed", exc_info=error)
             requests = list(self._streaming.values())
-            if self._ranks > 1 or _is_broken(error):
+            if self._ranks > 1 or is_broken(error):
                 self._give_up(error, kind, text, requests)
             model.reset()
-            _free_memory(error)
+            free_memory(error)
             for request in requests:
                 self._fail(request, kind, text)
             self._streaming.clear()
@@ -267,49 +267,16 @@ class Engine:
         _exit(BROKEN)
 
 
-def _is_broken(error: Exception) -> bool:
-    """Whether an error leaves the device in an unknown state."""
-    return isinstance(error, getattr(_torch(), "AcceleratorError", ()))
-
-
-def _classify(error: Exception) -> tuple[FailureKind, str, str | None]:
-    if isinstance(error, RequestRefusedError):
-        return "refused", str(error), error.param
-    text = str(error)
-    kinds = (MemoryError, getattr(_torch(), "OutOfMemoryError", MemoryError))
-    if isinstance(error, kinds) or "can't allocate memory" in text:
-        return "out_of_memory", "out of memory; ask for less (size, frames, n), or serve with more", None
-    return "internal", _reason(error), None
-
-
-def _free_memory(error: Exception) -> None:
-    """Give back what the failed run still holds; its frames hang on the exception."""
-    traceback.clear_frames(error.__traceback__)
-    gc.collect()
-    if (torch := _torch()) is not None and torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-
-
 def _reset_peak_memory() -> None:
-    if (torch := _torch()) is not None and torch.accelerator.is_available():
+    if (torch := loaded_torch()) is not None and torch.accelerator.is_available():
         torch.accelerator.reset_peak_memory_stats()
 
 
 def _peak_memory_bytes() -> int:
     """Return the accelerator's peak since the reset, or the highest resident size of the process so far."""
-    if (torch := _torch()) is not None and torch.accelerator.is_available():
+    if (torch := loaded_torch()) is not None and torch.accelerator.is_available():
         return int(torch.accelerator.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _torch() -> Any:
-    """Return torch if the model has imported it."""
-    return sys.modules.get("torch")
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _exit(code: int) -> NoReturn:

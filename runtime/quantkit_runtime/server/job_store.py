@@ -182,14 +182,22 @@ class JobStore:
         return [_job(row) for row in rows[:limit]], len(rows) > limit
 
     def start_next(self, model: str) -> Job | None:
-        """Return the oldest queued job of a model, which is in progress from now on."""
+        """Return the oldest job of a model that has not ended, which is in progress from now on.
+
+        A model's jobs run one at a time: one that is in progress already was stopped, and could not be put back.
+        """
         with self._transaction() as database:
             row = database.execute(
-                "SELECT id FROM jobs WHERE status = 'queued' AND model = ? ORDER BY number LIMIT 1", (model,)
+                "SELECT id FROM jobs WHERE status IN ('queued', 'in_progress') AND model = ? "
+                "ORDER BY number LIMIT 1",
+                (model,),
             ).fetchone()
             if row is None:
                 return None
-            database.execute("UPDATE jobs SET status = 'in_progress', tries = tries + 1 WHERE id = ?", (row["id"],))
+            database.execute(
+                "UPDATE jobs SET status = 'in_progress', tries = tries + (status = 'queued') WHERE id = ?",
+                (row["id"],),
+            )
             return self._find(row["id"])
 
     def requeue(self, identity: str) -> None:

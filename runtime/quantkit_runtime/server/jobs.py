@@ -161,7 +161,10 @@ class Jobs:
         except BaseException:  # the server stops, or what became of the job could not be written
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            await asyncio.to_thread(self._store.requeue, job.id)
+            try:
+                await asyncio.to_thread(self._store.requeue, job.id)
+            except Exception as error:  # it stays in progress, and is the next one that is started
+                log.error("job could not be put back", exc_info=error, extra={"job": job.id})
             raise
         finally:
             del self._running[job.id]

@@ -66,8 +66,8 @@ class ModelInfo:
         draws_from_image: A picture or video may begin with a picture.
         needs_image: It draws from a picture and takes no request without one.
         size_multiple: Width and height must be multiples of it.
-        max_batch: Pictures in one run, or chats and speeches at once (the engine admits them while others run); 1
-            where requests cannot run together.
+        max_batch: Pictures in one run, or chats and speeches at once (the engine admits them while others run, and
+            one request for pictures beside them); 1 where requests cannot run together.
         description: Class and similar, for logs.
     """
 

@@ -25,6 +25,8 @@ from quantkit_runtime.server.protocol import (
     Failed,
     FailureKind,
     Finished,
+    ImageRequest,
+    ModelInfo,
     Progress,
     Request,
     Run,
@@ -64,6 +66,16 @@ class Ticket:
     has_ended: bool = False
     timer: asyncio.TimerHandle | None = None
 
+    @property
+    def draws(self) -> bool:
+        """Whether it is for pictures."""
+        return isinstance(self.request, ImageRequest)
+
+    @property
+    def queue(self) -> tuple[str, bool]:
+        """Which queue it waits in: a client's pictures and its chats do not wait for each other."""
+        return self.client, self.draws
+
     def put(self, event: Event) -> None:
         """Tell of an event; nothing follows the end."""
         if self.has_ended:
@@ -99,7 +111,7 @@ class Scheduler:
         self._model = model
         self._max_queue = max_queue
         self._max_tries = max_tries
-        self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by client, the next client first
+        self._waiting: OrderedDict[tuple[str, bool], deque[Ticket]] = OrderedDict()  # the next turn first
         self._running: dict[str, Ticket] = {}
         self._recent_s: deque[float] = deque(maxlen=16)
         self._closed: str | None = None  # why nothing runs any more
@@ -146,7 +158,7 @@ class Scheduler:
         if timeout_s is not None:
             loop = asyncio.get_running_loop()
             ticket.timer = loop.call_later(timeout_s, self._time_out, ticket, timeout_s)
-        self._waiting.setdefault(client, deque()).append(ticket)
+        self._waiting.setdefault(ticket.queue, deque()).append(ticket)
         self._dispatch()
         return ticket
 
@@ -197,31 +209,38 @@ class Scheduler:
         self._end(ticket, Failed(ticket.request.id, kind, message))
 
     def _forget(self, ticket: Ticket) -> None:
-        tickets = self._waiting.get(ticket.client)
+        tickets = self._waiting.get(ticket.queue)
         if tickets is not None and ticket in tickets:
             tickets.remove(ticket)
             if not tickets:
-                del self._waiting[ticket.client]
+                del self._waiting[ticket.queue]
             self._metrics.queue_depth(self._model, self.waiting)
 
     def _dispatch(self) -> None:
         info = self.engine.info
-        while info is not None and self.engine.state == "ready" and self._waiting:
-            streams = bool(info.kinds & {"chat", "speech"})
-            if len(self._running) >= (info.max_batch if streams else 1):
+        while info is not None and self.engine.state == "ready":
+            heads = (tickets[0] for tickets in self._waiting.values())
+            first = next((ticket for ticket in heads if self._has_room(ticket, info)), None)
+            if first is None:
                 break
-            self._send(self._next_batch(info.max_batch))
+            self._send(self._batch_of(first, 1 if _streams(info) else info.max_batch))
         self._metrics.queue_depth(self._model, self.waiting)
 
-    def _next_batch(self, most: int) -> list[Ticket]:
-        """Take the next client's first ticket, and others that can run with it, in the order of turns."""
-        client, tickets = next(iter(self._waiting.items()))
-        batch = [tickets[0]]
-        key = batch[0].request.batch_key()
-        items = batch[0].request.items
-        if key is not None and not batch[0].tries:  # one that was tried before may be what ended the engine
+    def _has_room(self, ticket: Ticket, info: ModelInfo) -> bool:
+        """Whether the engine takes a ticket now: if it streams, one picture and some chats at the same time."""
+        if not _streams(info):
+            return not self._running
+        alike = sum(running.draws == ticket.draws for running in self._running.values())
+        return alike < (1 if ticket.draws else info.max_batch)
+
+    def _batch_of(self, first: Ticket, most: int) -> list[Ticket]:
+        """Take a ticket, and others that can run with it, in the order of turns."""
+        batch = [first]
+        key = first.request.batch_key()
+        items = first.request.items
+        if key is not None and not first.tries:  # one that was tried before may be what ended the engine
             for ticket in self._in_turn():
-                if ticket is batch[0] or ticket.request.batch_key() != key:
+                if ticket is first or ticket.request.batch_key() != key:
                     continue
                 if items + ticket.request.items > most or ticket.tries:
                     continue
@@ -229,8 +248,8 @@ class Scheduler:
                 items += ticket.request.items
         for ticket in batch:
             self._forget(ticket)
-        if client in self._waiting:
-            self._waiting.move_to_end(client)
+        if first.queue in self._waiting:
+            self._waiting.move_to_end(first.queue)
         return batch
 
     def _in_turn(self) -> list[Ticket]:
@@ -292,8 +311,8 @@ class Scheduler:
             if ticket.has_ended:
                 continue
             if ticket.tries < self._max_tries and not ticket.has_output:
-                self._waiting.setdefault(ticket.client, deque()).appendleft(ticket)
-                self._waiting.move_to_end(ticket.client, last=False)
+                self._waiting.setdefault(ticket.queue, deque()).appendleft(ticket)
+                self._waiting.move_to_end(ticket.queue, last=False)
                 log.warning("request will run again", extra={"request_id": ticket.request.id})
             else:
                 self._end(ticket, Failed(ticket.request.id, "engine_down", f"the engine was lost: {reason}"))
@@ -313,3 +332,8 @@ class Scheduler:
     def _retry_after_s(self) -> int:
         typical = sorted(self._recent_s)[len(self._recent_s) // 2] if self._recent_s else 1.0
         return max(1, min(round(typical * self._max_queue / 2), 60))
+
+
+def _streams(info: ModelInfo) -> bool:
+    """Whether a model takes requests while others run."""
+    return bool(info.kinds & {"chat", "speech"})

@@ -6,7 +6,16 @@ import pytest
 
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.metrics import Metrics
-from quantkit_runtime.server.protocol import Cancel, Failed, Finished, ImageRequest, ModelInfo, Progress, Run
+from quantkit_runtime.server.protocol import (
+    Cancel,
+    ChatRequest,
+    Failed,
+    Finished,
+    ImageRequest,
+    ModelInfo,
+    Progress,
+    Run,
+)
 from quantkit_runtime.server.scheduler import Scheduler
 
 
@@ -44,6 +53,10 @@ class Notebook:
 
 def picture(identity, n=1, width=64, **options):
     return ImageRequest(identity, "x", tuple(range(n)), width, 64, options)
+
+
+def chat(identity):
+    return ChatRequest(identity, (), 8)
 
 
 @pytest.fixture
@@ -155,10 +168,69 @@ def test_chats_are_sent_one_by_one_as_long_as_the_model_takes_more(run):
         engine = Notebook(kinds=frozenset({"chat"}), max_batch=2)
         scheduler = scheduler_of(engine)
         for identity in ("a", "b", "c"):
-            scheduler.submit(picture(identity), "me", timeout_s=None)
+            scheduler.submit(chat(identity), "me", timeout_s=None)
         assert engine.runs == [["a"], ["b"]]
         engine.finish("b")
         assert engine.runs == [["a"], ["b"], ["c"]]
+
+    run(body())
+
+
+@pytest.fixture
+def both():
+    """An engine that draws one picture beside two chats."""
+    return Notebook(kinds=frozenset({"chat", "image"}), max_batch=2)
+
+
+def test_beside_chats_one_picture_is_drawn_and_those_that_wait_keep_nobody(both, run):
+    async def body():
+        scheduler = scheduler_of(both)
+        tickets = [scheduler.submit(picture(f"p{n}"), "me", timeout_s=None) for n in range(3)]
+        for n in range(3):
+            scheduler.submit(chat(f"c{n}"), "me", timeout_s=None)
+        assert both.runs == [["p0"], ["c0"], ["c1"]]
+        assert [ticket.wait_s is None for ticket in tickets] == [False, True, True]
+        both.finish("c0")
+        both.finish("p0")
+        assert both.runs[3:] == [["c2"], ["p1"]]
+        scheduler.cancel(tickets[1])
+        assert len(both.runs) == 5  # the place is free when the engine says so
+        both.on_event(Failed("p1", "cancelled", ""))
+        assert both.runs[5:] == [["p2"]]
+
+    run(body())
+
+
+def test_turns_for_pictures_and_turns_for_chats_go_round_apart(both, run):
+    async def body():
+        scheduler = scheduler_of(both)
+        for n in range(3):
+            scheduler.submit(picture(f"a-p{n}"), "a", timeout_s=None)
+        for n in range(4):
+            scheduler.submit(chat(f"b-c{n}"), "b", timeout_s=None)
+        scheduler.submit(picture("b-p0"), "b", timeout_s=None)
+        for n in range(2):
+            scheduler.submit(chat(f"a-c{n}"), "a", timeout_s=None)
+        assert both.runs == [["a-p0"], ["b-c0"], ["b-c1"]]
+        for n in range(2):
+            both.finish(f"b-c{n}")
+        assert both.runs[3:] == [["b-c2"], ["a-c0"]]
+        both.finish("b-c2")
+        assert both.runs[5:] == [["b-c3"]]
+        both.finish("a-p0")  # a's first picture was before b's, its second is not, whatever b has written
+        both.finish("a-p1")
+        assert both.runs[6:] == [["a-p1"], ["b-p0"]]
+
+    run(body())
+
+
+def test_what_a_lost_engine_drew_and_wrote_runs_again_before_others(both, run):
+    async def body():
+        scheduler = scheduler_of(both)
+        for request in (picture("p0"), picture("p1"), chat("c0"), chat("c1"), chat("c2")):
+            scheduler.submit(request, "me", timeout_s=None)
+        both.lose()
+        assert sorted(both.runs[3:]) == [["c0"], ["c1"], ["p0"]]
 
     run(body())
 

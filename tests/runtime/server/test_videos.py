@@ -185,11 +185,28 @@ def test_jobs_go_on_when_the_store_works_again(settings, monkeypatch, caplog):
     monkeypatch.setattr("quantkit_runtime.server.jobs._RETRY_S", 0.05)
     with serving.running(settings("videos")) as server, httpx2.Client(base_url=server.url) as client:
         store = server.context.running_jobs._store
-        for name in ("start_next", "complete", "fail"):
+        for name in ("start_next", "complete", "fail", "requeue"):
             monkeypatch.setattr(store, name, failing_once(getattr(store, name)))
         job = client.post(PATH, files=form(prompt="x")).json()["id"]
         assert finished(client, job)["status"] == "completed"
+        assert store.get(job, "").tries == 1
     assert caplog.text.count("video jobs wait: the store fails") == 2
+    assert caplog.text.count("job could not be put back") == 1
+
+
+def test_a_server_with_a_full_disk_ends_at_once_and_its_jobs_run_after_the_next_start(
+    settings, tmp_path, monkeypatch
+):
+    choice = settings("videos", state_dir=tmp_path / "state", drain_s=20.0)
+    with serving.running(choice) as server, httpx2.Client(base_url=server.url) as client:
+        store = server.context.running_jobs._store
+        monkeypatch.setattr(store, "requeue", failing_once(None))
+        job = client.post(PATH, files=form(prompt="slow", num_inference_steps=40)).json()["id"]
+        serving.until(lambda: server.scheduler.running)
+        end = time.monotonic()
+    assert time.monotonic() - end < 10
+    with serving.running(choice) as server, httpx2.Client(base_url=server.url) as client:
+        serving.until(lambda: client.get(f"{PATH}/{job}").json()["progress"] > 0)
 
 
 def failing_once(work):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from quantkit_runtime.generation.turns import Turns
-from quantkit_runtime.server.models.base import RequestRefusedError, StreamingModel
+from quantkit_runtime.server.failures import classify, free_memory, is_broken
+from quantkit_runtime.server.models.base import StreamingModel
 from quantkit_runtime.server.models.chat import ChatModel
 from quantkit_runtime.server.models.conversation import Reader
 from quantkit_runtime.server.models.diffusion import DiffusionModel, load_parallel
@@ -25,6 +27,8 @@ from quantkit_runtime.server.protocol import (
     Request,
 )
 
+log = logging.getLogger(__name__)
+
 
 def load(spec: ModelSpec) -> BagelModel:
     """Load a BAGEL.
@@ -35,7 +39,7 @@ def load(spec: ModelSpec) -> BagelModel:
     pipeline, call = load_parallel(spec)
     reader = Reader(Path(spec.path))
     chat = ChatModel(pipeline.transformer.bagel, reader, max_batch=spec.max_batch, exact=spec.exact)
-    return BagelModel(chat, DiffusionModel(pipeline, call))
+    return BagelModel(chat, DiffusionModel(pipeline, call), is_shared=spec.ranks > 1)
 
 
 class BagelModel(StreamingModel):
@@ -44,12 +48,13 @@ class BagelModel(StreamingModel):
     Args:
         chat: Writes.
         drawing: Draws, with the same weights.
+        is_shared: Whether other ranks do the same.
     """
 
-    def __init__(self, chat: ChatModel, drawing: DiffusionModel) -> None:
+    def __init__(self, chat: ChatModel, drawing: DiffusionModel, *, is_shared: bool = False) -> None:
         self._chat = chat
         self._drawing = drawing
-        self._waiting: deque[ImageRequest] = deque()
+        self._is_shared = is_shared
         self._current: _Picture | None = None
         ours, theirs = chat.info, drawing.info
         self.info = dataclasses.replace(
@@ -66,7 +71,13 @@ class BagelModel(StreamingModel):
     @property
     def active(self) -> int:
         """See `StreamingModel.active`."""
-        return self._chat.active + len(self._waiting) + (self._current is not None)
+        return self._chat.active + (self._current is not None)
+
+    def set_defaults(self, defaults: Mapping[str, Any]) -> None:
+        """Put values of request fields before the model's own."""
+        super().set_defaults(defaults)
+        self._chat.set_defaults(defaults)
+        self._drawing.set_defaults(defaults)
 
     def warm_up(self) -> None:
         """Write two tokens, and draw a small picture."""
@@ -74,9 +85,10 @@ class BagelModel(StreamingModel):
         self._drawing.warm_up()
 
     def admit(self, request: Request) -> None:
-        """Take up a chat, or put a picture behind the others."""
+        """Take up a chat or a request for pictures."""
         if isinstance(request, ImageRequest):
-            self._waiting.append(request)
+            assert self._current is None
+            self._current = _Picture(request, self._drawing)
         else:
             assert isinstance(request, ChatRequest)
             self._chat.admit(request)
@@ -84,26 +96,39 @@ class BagelModel(StreamingModel):
     def step(self) -> list[Event]:
         """Write a token of every answer, and draw a step of one picture."""
         events = self._chat.step() if self._chat.active else []
-        if self._current is None and self._waiting:
-            self._current = _Picture(self._waiting.popleft(), self._drawing)
         if self._current is not None:
-            events += self._current.step()
-            if self._current.has_ended:
-                self._current = None
+            events += self._draw(self._current)
         return events
 
     def cancel(self, request_id: str) -> None:
         """Forget a request."""
         self._chat.cancel(request_id)
-        self._waiting = deque(request for request in self._waiting if request.id != request_id)
         if self._current is not None and self._current.request.id == request_id:
-            self._current.stop()
-            self._current = None
+            self._stop_drawing()
 
     def reset(self) -> None:
         """Forget all requests."""
         self._chat.reset()
-        self._waiting.clear()
+        self._stop_drawing()
+
+    def _draw(self, picture: _Picture) -> list[Event]:
+        try:
+            events = picture.step()
+        except Exception as error:
+            kind, message, param = classify(error)
+            if kind != "refused" and (self._is_shared or is_broken(error)):
+                raise
+            self._current = None
+            if kind == "out_of_memory":
+                free_memory(error)
+            elif kind == "internal":
+                log.error("drawing failed", exc_info=error, extra={"request_id": picture.request.id})
+            return [Failed(picture.request.id, kind, message, param)]
+        if picture.has_ended:
+            self._current = None
+        return events
+
+    def _stop_drawing(self) -> None:
         if self._current is not None:
             self._current.stop()
             self._current = None
@@ -132,11 +157,7 @@ class _Picture:
     def step(self) -> list[Event]:
         """Draw one step; an exception is one of the model, and ends the picture."""
         self._events = []
-        try:
-            self.has_ended = self._turns.step()
-        except RequestRefusedError as error:
-            self.has_ended = True
-            return [Failed(self.request.id, "refused", str(error), error.param)]
+        self.has_ended = self._turns.step()
         if self.has_ended:
             seconds = time.perf_counter() - self._begin
             self._events.append(Finished(self.request.id, self._turns.result, seconds, peak_memory_bytes=0))

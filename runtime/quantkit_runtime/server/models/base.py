@@ -7,8 +7,9 @@ sent; that the others have the same is checked before the next step.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from quantkit_runtime.server.protocol import Event, Frames, ModelInfo, ModelSpec, Request
@@ -44,14 +45,22 @@ class RequestRefusedError(Exception):
         self.param = param
 
 
-class BatchModel(ABC):
-    """Runs requests from start to end, several of one ``batch_key`` together: pictures and videos."""
+class _Model(ABC):
+    """What both kinds have."""
 
     info: ModelInfo
+
+    def set_defaults(self, defaults: Mapping[str, Any]) -> None:
+        """Put values of request fields before the model's own."""
+        self.info = dataclasses.replace(self.info, defaults={**self.info.defaults, **defaults})
 
     @abstractmethod
     def warm_up(self) -> None:
         """Run one small request."""
+
+
+class BatchModel(_Model):
+    """Runs requests from start to end, several of one ``batch_key`` together: pictures and videos."""
 
     @abstractmethod
     def run(self, requests: Sequence[Request], on_step: OnStep) -> list[Frames]:
@@ -64,23 +73,17 @@ class BatchModel(ABC):
         """
 
 
-class StreamingModel(ABC):
+class StreamingModel(_Model):
     """Admits requests while others run, and moves all of them on together: chat, speech, and what draws beside it.
 
     The engine calls ``step`` again and again while ``active`` is above zero, and between two steps ``admit`` and
-    ``cancel``. It never has more than ``info.max_batch`` admitted.
+    ``cancel``. It never has more than ``info.max_batch`` chats and speeches admitted, and one request for pictures.
     """
-
-    info: ModelInfo
 
     @property
     @abstractmethod
     def active(self) -> int:
         """Number of requests that are admitted and have not ended."""
-
-    @abstractmethod
-    def warm_up(self) -> None:
-        """Run one small request."""
 
     @abstractmethod
     def admit(self, request: Request) -> None:
@@ -95,8 +98,9 @@ class StreamingModel(ABC):
         """Move all active requests on by one step, and return what came out.
 
         Events are `Delta` and `Progress`, and at the end of each request one `Finished` (with an `Answer` or
-        `Frames`) or `Failed`. An exception fails all active requests; `reset` is called then. On several ranks it
-        ends the process: the others may wait for this one in the middle of the step.
+        `Frames`) or `Failed`. An exception fails all active requests; `reset` is called then. On several ranks, or
+        if it leaves the device in an unknown state, it ends the process: the others may wait for this one in the
+        middle of the step.
         """
 
     @abstractmethod
