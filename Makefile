@@ -28,9 +28,10 @@ demo: $(INSTALLED)  ## Quantize the embedded FLUX, compare it with BF16, write t
 
 test: $(INSTALLED)  ## Run all tests that need no accelerator.
 	# One thread each: threads of two processes on the same cores wait for each other in OpenMP's barriers.
-	# A file stays with one worker, so that what its tests share, such as ranks that run jobs, is made once.
+	# A file stays with one worker, so that what its tests share, such as ranks that run jobs, is made once. Files in
+	# their own order: unit tests come last and fill up; by the number of tests, long files of few would be last.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not network and not huge' -n auto --dist loadfile \
-	  --support-matrix check --ignore tests/interpreted $(PYTEST_ARGS)
+	  --no-loadscope-reorder --support-matrix check --ignore tests/interpreted $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreted -n auto
 
 support: $(INSTALLED)  ## Run all tests and write docs/support.md from those that pass.
