@@ -121,9 +121,9 @@ def test_kernels_are_launched_on_the_accelerator_that_holds_their_tensors(monkey
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(torch.accelerator, "device_index", device_index)
     device = torch.device("cpu") if index is None else torch.device("cuda", index)
-    launched = ops._on_device_of_first(lambda first, *rest: (first, *rest))
+    launched = ops._on_device_of_first(lambda first, *rest, **named: (first, *rest, named))
     first = SimpleNamespace(device=device)
-    assert launched(first, 2, 3) == (first, 2, 3)
+    assert launched(first, 2, three=3) == (first, 2, {"three": 3})
     assert found == visited
 
 

@@ -54,12 +54,12 @@ def _on_device_of_first(function: _Function) -> _Function:
     """Let a function run on the accelerator of its first argument: Triton launches on the current one."""
 
     @wraps(function)
-    def run(first: Tensor, *rest: Any) -> Any:
+    def run(first: Tensor, *rest: Any, **named: Any) -> Any:
         index = first.device.index
         if index is None or index == torch.accelerator.current_device_index():
-            return function(first, *rest)
+            return function(first, *rest, **named)
         with torch.accelerator.device_index(index):
-            return function(first, *rest)
+            return function(first, *rest, **named)
 
     return cast("_Function", run)
 

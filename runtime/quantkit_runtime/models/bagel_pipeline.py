@@ -189,11 +189,15 @@ class BagelPipeline(_Pipeline):  # type: ignore[misc]  # diffusers is optional
         points = np.linspace(1, 0, num_inference_steps + 1)[:-1]
         self.scheduler.set_timesteps(sigmas=points.tolist(), device=device)
         self.num_timesteps = len(self.scheduler.timesteps)
+        times = self.scheduler.timesteps / _TRAIN_TIMESTEPS
+        is_guided = [
+            guidance_scale > 1 and guidance_interval[0] < time <= guidance_interval[1] for time in times.tolist()
+        ]
         with self.progress_bar(total=self.num_timesteps) as progress:
             for index, timestep in enumerate(self.scheduler.timesteps):
-                time = timestep[None] / _TRAIN_TIMESTEPS
+                time = times[index : index + 1]
                 velocity = self.transformer(latents, time, places, layers, position)
-                if guidance_scale > 1 and guidance_interval[0] < float(time) <= guidance_interval[1]:
+                if is_guided[index]:
                     unguided = self.transformer(latents, time, places, (), 0)
                     velocity = _guide(velocity, unguided, guidance_scale)
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
