@@ -29,7 +29,7 @@ class BagelWriter(Writer):
         tokenizer: Of the model.
     """
 
-    defaults: Mapping[str, float] = {"temperature": 0.0}  # the authors'; their generation_config.json is Qwen's
+    defaults: Mapping[str, float] = {"temperature": 0.0}  # as its authors' code does where nothing is asked
 
     def __init__(self, model: Bagel, tokenizer: Any) -> None:
         self._model = model
