@@ -41,7 +41,7 @@ class BagelFamily(LanguageFamily):
 
     def how_to_guide(self) -> str:
         """Only pictures are guided, see `Family.how_to_guide`."""
-        return f"its answers have none, and its pictures (--output x.png) are guided with --{DRAWING.guidance}"
+        return f"its answers have none; of pictures (--output x.png), {DRAWING.how_to_guide()}"
 
     def build(self, component: Component) -> torch.nn.Module:
         """Build all but the VAE, see `quantkit.families.base.Family.build`."""

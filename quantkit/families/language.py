@@ -154,11 +154,13 @@ class LanguageFamily(Family):
         """
         from transformers import AutoTokenizer
 
+        from quantkit_runtime.errors import CheckpointFormatError
+        from quantkit_runtime.generation.text import load_processor
+
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{folder}: holds no tokenizer that can be loaded: {reason}") from error
+            return load_processor(AutoTokenizer, folder)
+        except CheckpointFormatError as error:
+            raise CheckpointError(str(error)) from error
 
     def tokenize(self, processor: Any, sample: Any, max_tokens: int) -> dict[str, torch.Tensor]:
         """Return the model's inputs for one of `read_calibration`, by default a prompt, as a batch of one."""

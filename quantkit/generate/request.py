@@ -134,9 +134,10 @@ def prepare(request: Request) -> Job:
     check_choice(request.model, compute=request.compute, backend=request.backend)
     ranks = _count_ranks(request)
     if request.cfg_parallel > 1 and not family.is_guided(sampling):
+        otherwise = "" if family.task == "chat" else "; --replicas 2 draws two seeds at once"
         raise UnsupportedModelError(
             f"--cfg-parallel: guidance is off, so there is no second branch to run at the same time: "
-            f"{family.how_to_guide()}; --replicas 2 draws two seeds at once"
+            f"{family.how_to_guide()}{otherwise}"
         )
     if request.replicas > 1 and family.task == "chat":
         raise UnsupportedModelError(f"--replicas: {family.name} answers the same with every seed; leave it out")

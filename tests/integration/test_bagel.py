@@ -347,7 +347,10 @@ def test_a_packed_model_draws_on_the_command_line_what_the_pipeline_draws(rounde
         (["--output", "x.png", "--width", "80"], "--width: is 80, but this bagel model draws at most 64"),
         (["--output", "x.mp4"], "x.mp4: bagel writes .txt or .png or .jpg"),
         (["--height", "32"], "bagel takes no height (it takes max_new_tokens); to draw, give an image as --output"),
-        (["--cfg-parallel", "2"], "its answers have none, and its pictures (--output x.png) are guided with"),
+        (
+            ["--cfg-parallel", "2"],
+            "of pictures (--output x.png), bagel is guided with --guidance-scale above 1",
+        ),
         ([*SMALL, "--output", "x.png", "--image", "PICTURE"], "--image: bagel draws from text alone"),
     ],
 )

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from quantkit_runtime.errors import CheckpointFormatError
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 4  # decoded again with every new token: some tokenizers put a space between two tokens
+
+
+def load_processor(auto: Any, folder: Path, **options: Any) -> Any:
+    """Return what turns texts into tokens, and maybe pictures and sounds into inputs, from a model's own files.
+
+    Args:
+        auto: ``AutoTokenizer`` or ``AutoProcessor`` of transformers.
+        folder: Of the model.
+        options: More, for ``from_pretrained``.
+
+    Raises:
+        CheckpointFormatError: The folder holds none that can be loaded.
+    """
+    try:
+        return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointFormatError(f"{folder}: holds no tokenizer that can be loaded: {reason}") from error
 
 
 def tokenizer_of(processor: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit_runtime.errors import CheckpointFormatError
+from quantkit_runtime.generation.text import load_processor
 from quantkit_runtime.models.bagel_config import BagelConfig
 from quantkit_runtime.optional import import_optional
 
@@ -41,16 +42,8 @@ class BagelProcessor:
 
     def __init__(self, folder: Path) -> None:
         transformers = import_optional("transformers")
-        try:
-            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                folder,
-                config=transformers.PretrainedConfig(),  # transformers does not know the model's own
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-        except (OSError, ValueError, KeyError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise CheckpointFormatError(f"{folder}: holds no tokenizer that can be loaded: {reason}") from error
+        plain = transformers.PretrainedConfig()  # transformers does not know the model's own
+        self.tokenizer: Any = load_processor(transformers.AutoTokenizer, folder, config=plain)
         known = self.tokenizer.get_vocab()
         if missing := [mark for mark in _MARKS if mark not in known]:
             raise CheckpointFormatError(f"{folder}: its tokenizer has no {missing[0]}; download the model again")

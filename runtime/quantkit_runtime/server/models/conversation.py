@@ -8,8 +8,7 @@ from typing import Any
 
 from quantkit_runtime.architecture import is_own
 from quantkit_runtime.checkpoint import read_json
-from quantkit_runtime.errors import CheckpointFormatError
-from quantkit_runtime.generation.text import tokenizer_of
+from quantkit_runtime.generation.text import load_processor, tokenizer_of
 from quantkit_runtime.models.bagel_processor import BagelProcessor
 from quantkit_runtime.optional import import_optional
 from quantkit_runtime.server.models.base import RequestRefusedError
@@ -29,7 +28,7 @@ class Reader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._processor: Any = _load_processor(folder)
+        self._processor: Any = _processor_of(folder)
         self.tokenizer: Any = tokenizer_of(self._processor)
         self._listener: Any = getattr(self._processor, "feature_extractor", None)
         sees = isinstance(self._processor, BagelProcessor) or hasattr(self._processor, "image_processor")
@@ -105,7 +104,7 @@ class Reader:
         return part.samples
 
 
-def _load_processor(folder: Path) -> Any:
+def _processor_of(folder: Path) -> Any:
     """Return the processor of a model, or its tokenizer if it reads text alone.
 
     Raises:
@@ -116,11 +115,7 @@ def _load_processor(folder: Path) -> Any:
     transformers = import_optional("transformers")
     is_multimodal = any((folder / f"{name}_config.json").is_file() for name in ("preprocessor", "processor"))
     auto = transformers.AutoProcessor if is_multimodal else transformers.AutoTokenizer
-    try:
-        return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointFormatError(f"{folder}: holds no tokenizer that can be loaded: {reason}") from error
+    return load_processor(auto, folder)
 
 
 def _named(part: TextPart | ImagePart | AudioPart) -> dict[str, str]:
