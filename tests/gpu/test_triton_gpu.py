@@ -7,7 +7,9 @@ from torch.nn import functional
 from quantkit_runtime import W4A16Experts, W4A16Linear
 from quantkit_runtime.config import Scheme
 from quantkit_runtime.format import dequantize, pack
+from quantkit_runtime.kernels import hopper_launch
 from quantkit_runtime.kernels.accelerator import _quantize_rows
+from quantkit_runtime.kernels.device import multiprocessors
 from quantkit_runtime.rounding import quantize_rtn
 
 pytestmark = pytest.mark.gpu
@@ -78,6 +80,29 @@ def test_every_number_of_rows_gives_the_exact_product_within_rounding(device, sh
             assert relative_error(out, exact) < TOLERANCE[dtype], (rows, fused_rows)
         assert relative_error(layer(x), exact) < TOLERANCE[dtype]
     assert not layer._kernel._counters.any()
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("block", [64, 128, 256])
+def test_however_parts_are_shared_among_programs_the_product_is_exact_and_the_same_each_time(device, block, sym):
+    if not hopper_launch.runs_on(device):
+        pytest.skip("no Hopper GPU")
+    layer, state = make_layer(device, 1024, 3080, group_size=128, sym=sym)
+    layer.prepare(torch.bfloat16)
+    weights, flags = layer._kernel._weight, layer._kernel._counters
+    bias = state["bias"].to(torch.bfloat16)
+    count = multiprocessors(device)
+    for rows in (1, 200, 700, 2500):
+        x = torch.randn(rows, 1024, generator=torch.Generator(device).manual_seed(rows), device=device).bfloat16()
+        exact = exact_product(state, layer, x)
+        found = list(hopper_launch.plans(block, rows, 3080, 8, count, count))
+        for plan in found:
+            out, *again = (
+                hopper_launch.multiply(x, *weights.arguments, bias, flags, weights.group, plan) for _ in range(4)
+            )
+            assert relative_error(out, exact) < TOLERANCE[torch.bfloat16], plan
+            assert all(torch.equal(out, other) for other in again), plan
+    assert not flags.any()
     assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in state.items())
 
 

@@ -4,8 +4,10 @@ import subprocess
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from quantkit_runtime.kernels.hopper_launch import _SHAPES, _plan, block_rows, fits, runs_on
+from quantkit_runtime.kernels.hopper_launch import _SHAPES, block_rows, fits, plan_for, plans, runs_on
 
 gluon = pytest.importorskip("triton.experimental.gluon")
 
@@ -28,9 +30,9 @@ def assembler_says(tmp_path, monkeypatch, **constants):
         "x_desc": described("bf16", [block, 128], 128, 16),
         "tiles_desc": described("i32", [128, 16], 64, 32),
         "scales_desc": described("fp16", [1, 128], 0, 16),
-        "zeros_ptr": "*u8", "bias_ptr": "*bf16", "out_ptr": "*bf16", "partial_ptr": "*fp32", "counter_ptr": "*i32",
+        "zeros_ptr": "*u8", "bias_ptr": "*bf16", "out_ptr": "*bf16", "partial_ptr": "*fp32", "flag_ptr": "*i32",
         "expert_ptr": "*i32", "start_ptr": "*i32",
-    } | dict.fromkeys(["M", "N", "K", "G", "blocks", "experts"], "i32")  # fmt: skip
+    } | dict.fromkeys(["M", "N", "K", "G", "blocks", "experts", "rounds", "shared", "sharers"], "i32")  # fmt: skip
     constants = {"GROUP": 128, "BIAS": True, "BN": 128, **constants}
     place = {name: number for number, name in enumerate(kernel.arg_names)}
     source = GluonASTSource(
@@ -49,13 +51,13 @@ def assembler_says(tmp_path, monkeypatch, **constants):
 
 
 @pytest.mark.parametrize("block", _SHAPES)
-@pytest.mark.parametrize("variant", [(1, False, False), (4, True, False), (1, True, True)], ids=str)
+@pytest.mark.parametrize("variant", [(False, False), (True, False), (True, True)], ids=str)
 def test_the_assembler_neither_spills_registers_nor_makes_the_tensor_cores_wait(
     block, variant, tmp_path, monkeypatch
 ):
-    split, asym, experts = variant
+    asym, experts = variant
     stages = _SHAPES[block].stages
-    said = assembler_says(tmp_path, monkeypatch, BM=block, STAGES=stages, SPLIT=split, ASYM=asym, EXPERTS=experts)
+    said = assembler_says(tmp_path, monkeypatch, BM=block, STAGES=stages, ASYM=asym, EXPERTS=experts)
     assert "0 bytes spill stores, 0 bytes spill loads" in said
     assert "serialized" not in said
 
@@ -70,16 +72,36 @@ def test_it_serves_whole_tiles_and_groups_of_whole_tiles():
 
 
 def test_many_rows_take_large_blocks_and_few_parts_share_the_input_features():
-    assert _plan(4608, 12288, 24, 384, 132) == (256, 1)
-    assert _plan(64, 12288, 24, 384, 132) == (64, 1)
-    assert _plan(64, 3072, 24, 96, 132) == (64, 4)
-    # Without counters nobody can tell which program is the last.
-    assert _plan(64, 3072, 24, 0, 132)[1] == 1
-    # No share is empty, however few tiles there are.
-    for tiles in range(1, 9):
-        shares = _plan(64, 256, tiles, 100, 132)[1]
-        share = -(-tiles // shares)
-        assert (shares - 1) * share < tiles
+    whole = plan_for(4608, 12288, 24, 132, 132)
+    assert (whole.block, whole.rounds, whole.shared, whole.programs) == (256, 13, 12, 132)
+    few = plan_for(64, 3072, 24, 132, 132)
+    assert (few.block, few.rounds, few.shared, few.sharers) == (64, 0, 24, 96)
+    # Without flags nobody can tell that its share is there.
+    alone = plan_for(64, 3072, 24, 0, 132)
+    assert alone.sharers == alone.shared == alone.programs == 24
+
+
+@given(
+    block=st.sampled_from(sorted(_SHAPES)),
+    rows=st.integers(1, 5000),
+    out_features=st.integers(1, 2000).map(lambda eighths: 8 * eighths),
+    tiles=st.integers(1, 120),
+    most_sharers=st.sampled_from([0, 3, 132]),
+    multiprocessors=st.sampled_from([1, 78, 132]),
+)
+def test_a_plan_gives_out_every_part_and_no_empty_share(
+    block, rows, out_features, tiles, most_sharers, multiprocessors
+):
+    parts = -(-rows // block) * -(-out_features // 128)
+    found = list(plans(block, rows, out_features, tiles, most_sharers, multiprocessors))
+    assert found
+    for plan in found:
+        assert plan.rounds * plan.programs + plan.shared == parts
+        assert plan.shared <= plan.sharers <= plan.programs <= multiprocessors
+        # A share is a tile or more, and no more than a part.
+        assert plan.sharers <= max(plan.shared * tiles, 1)
+        if plan.sharers > plan.shared:
+            assert plan.sharers <= most_sharers
 
 
 def test_blocks_of_an_experts_rows_are_as_large_as_their_number():

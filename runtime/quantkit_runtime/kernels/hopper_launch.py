@@ -6,6 +6,7 @@ Legend: M = rows, N = out_features, K = in_features, G = groups, B = tiles along
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,34 +14,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit_runtime.kernels.tiles import PART, TILE
+from quantkit_runtime.kernels.device import multiprocessors
+from quantkit_runtime.kernels.start import run_kernel
+from quantkit_runtime.kernels.tiles import PART, SLICE, TILE
 
 CAPABILITY = (9, 0)
 """Of Hopper; other generations have other instructions in place of wgmma."""
 ALIGNMENT = 16
 """Bytes that the address of what TMA copies is a multiple of; views of larger tensors may begin elsewhere."""
 _WARPS_OF_A_GROUP = 4
-_GROUPS = 2
 _MOST_SHARES = 4
-_ADDED_PER_US = 375e3
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """How a program works on a block of so many rows.
+    """How a program works on a part of so many rows.
+
+    The times are microseconds on an H200, fitted to those of 226 plans for four layers and 64 to 4608 rows; only
+    their relations matter.
 
     Attributes:
         stages: Tiles in shared memory at a time.
-        tile_us: Microseconds for one tile of an H100; only their relation matters.
+        tile_us: For a tile of 128 input features.
+        part_us: For the beginning and the end of a part.
+        sum_us: For adding what another program left.
     """
 
     stages: int
     tile_us: float
+    part_us: float
+    sum_us: float
 
 
-_SHAPES = {64: _Shape(4, 0.65), 128: _Shape(5, 0.80), 256: _Shape(3, 1.36)}
+_SHAPES = {
+    64: _Shape(4, 0.513, 3.29, 0.66),
+    128: _Shape(5, 0.728, 2.67, 1.09),
+    256: _Shape(3, 1.244, 4.64, 1.77),
+}
+_SHARING_US = 4.0
+_UNEQUAL = 1.13
+"""By how much tiles take longer if programs begin anywhere in a part, and so read other input features at a time."""
 MIN_ROWS = 33
 """Up to how many rows the kernel of few rows is as fast."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the parts of a result are given to programs, see `quantkit_runtime.kernels.hopper.multiply_kernel`.
+
+    Attributes:
+        block: Rows of a part.
+        rounds: Parts that each program has for itself.
+        shared: Parts that are left.
+        sharers: Programs that have an equal share of those.
+        programs: In all.
+    """
+
+    block: int
+    rounds: int
+    shared: int
+    sharers: int
+    programs: int
 
 
 @lru_cache
@@ -68,8 +102,8 @@ def fits(in_features: int, out_features: int, group: int) -> bool:
 
 
 def multiply(
-    x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, counters: Tensor,
-    group: int, multiprocessors: int,
+    x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, flags: Tensor, group: int,
+    plan: Plan | None = None,
 ) -> Tensor:  # fmt: skip
     """Multiply rows with packed weights.
 
@@ -79,22 +113,18 @@ def multiply(
         scales: (G, N).
         zeros: (G, N) or None.
         bias: (N,) or None.
-        counters: int32, all 0.
+        flags: int32, all 0; two for each multiprocessor of the device, else parts are not shared.
         group: Input features per group; 0 if a group is a whole row of the weight.
-        multiprocessors: Of the device.
+        plan: None for the one that takes the least time.
 
     Returns:
         (M, N).
     """
     rows, out_features = x.shape[0], tiles.shape[1]
-    block, split = _plan(rows, out_features, tiles.shape[0], counters.numel(), multiprocessors)
-    blocks, parts = -(-rows // block), -(-out_features // PART)
+    plan = plan or plan_for(rows, out_features, tiles.shape[0], flags.numel() // 2, multiprocessors(x.device))
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    partial = out if split == 1 else torch.empty(split * blocks * parts * block * PART, device=x.device)
-    _start(
-        x, tiles, scales, zeros, bias, out, block, (blocks * parts, split), partial=partial, counters=counters,
-        group=group,
-    )  # fmt: skip
+    partial = out if plan.sharers <= plan.shared else torch.empty(plan.sharers * plan.block * PART, device=x.device)
+    _start(x, tiles, scales, zeros, bias, out, plan, partial=partial, flags=flags, group=group)
     return out
 
 
@@ -118,8 +148,8 @@ def multiply_sorted(
         (M, N); rows that no block holds are 0.
     """
     out = torch.zeros(x.shape[0], tiles.shape[2], dtype=x.dtype, device=x.device)
-    grid = (expert.numel() * -(-tiles.shape[2] // PART), 1)
-    _start(x, tiles, scales, zeros, None, out, block, grid, group=group, expert=expert, start=start)
+    plan = Plan(block, 1, 0, 0, expert.numel() * -(-tiles.shape[2] // PART))
+    _start(x, tiles, scales, zeros, None, out, plan, group=group, expert=expert, start=start)
     return out
 
 
@@ -129,31 +159,62 @@ def block_rows(rows: float) -> int:
 
 
 def _start(
-    x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, out: Tensor, block: int,
-    grid: tuple[int, int], *, group: int, partial: Tensor | None = None, counters: Tensor | None = None,
-    expert: Tensor | None = None, start: Tensor | None = None,
+    x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, out: Tensor, plan: Plan, *,
+    group: int, partial: Tensor | None = None, flags: Tensor | None = None, expert: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> None:  # fmt: skip
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from quantkit_runtime.kernels.hopper import multiply_kernel
-
-    of_x, of_words, of_scales = _layouts()
 
     rows, in_features = x.shape
     out_features, groups = out.shape[1], scales.shape[-2]
-    words, scales = tiles.view(-1, tiles.shape[-1]), scales.view(-1, out_features)
-    multiply_kernel[grid](
-        TensorDescriptor.from_tensor(x, [block, TILE], of_x),
-        TensorDescriptor.from_tensor(words, [PART, words.shape[1]], of_words),
-        TensorDescriptor.from_tensor(scales, [1, PART], of_scales),
-        scales if zeros is None else zeros, scales if bias is None else bias, out,
-        out if partial is None else partial, out if counters is None else counters,
-        out if expert is None else expert, out if start is None else start,
-        rows, out_features, in_features, groups,
-        -(-rows // block) if expert is None else expert.numel(), 1 if expert is None else tiles.shape[0],
-        GROUP=group, ASYM=zeros is not None, BIAS=bias is not None, EXPERTS=expert is not None, BM=block, BN=PART,
-        STAGES=_SHAPES[block].stages, SPLIT=grid[1], num_warps=_WARPS_OF_A_GROUP,
+    experts = 1 if expert is None else tiles.shape[0]
+    run_kernel(
+        multiply_kernel,
+        (plan.programs, 1),
+        (
+            scales if zeros is None else zeros, scales if bias is None else bias, out,
+            out if partial is None else partial, out if flags is None else flags,
+            out if expert is None else expert, out if start is None else start,
+        ),
+        (out_features, in_features, groups, experts),
+        (
+            rows, -(-rows // plan.block) if expert is None else expert.numel(), plan.rounds, plan.shared,
+            max(plan.sharers, 1),
+        ),
+        {
+            "GROUP": group, "ASYM": zeros is not None, "BIAS": bias is not None, "EXPERTS": expert is not None,
+            "BM": plan.block, "BN": PART, "STAGES": _SHAPES[plan.block].stages,
+        },
+        warps=_WARPS_OF_A_GROUP,
+        described=(
+            _descriptor(x.data_ptr(), x.dtype, rows, in_features, plan.block, TILE, 0),
+            _descriptor(
+                tiles.data_ptr(), tiles.dtype, tiles.numel() // SLICE, SLICE, PART, SLICE, 1
+            ),
+            _descriptor(scales.data_ptr(), scales.dtype, experts * groups, out_features, 1, PART, 2),
+        ),
     )  # fmt: skip
+
+
+class _Memory:
+    """What a descriptor asks a tensor for; it keeps none alive."""
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self._address = address
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+@lru_cache(maxsize=8192)
+def _descriptor(
+    address: int, dtype: torch.dtype, rows: int, columns: int, box_rows: int, box_columns: int, layout: Any
+) -> Any:
+    """Describe a matrix to TMA. To make one costs the host as much as a quarter of a launch."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(_Memory(address, dtype), [rows, columns], [columns, 1], [box_rows, box_columns], layout)
 
 
 @lru_cache
@@ -165,19 +226,47 @@ def _layouts() -> tuple[Any, Any, Any]:
 
 
 @lru_cache(maxsize=4096)
-def _plan(rows: int, out_features: int, tiles: int, counters: int, multiprocessors: int) -> tuple[int, int]:
-    """Return the rows of a block and the shares of K that take the least time.
+def plan_for(rows: int, out_features: int, tiles: int, most_sharers: int, multiprocessors: int) -> Plan:
+    """Return the plan that takes the least time. A multiprocessor holds one program at a time.
 
-    A multiprocessor holds one program at a time, so what counts is how often all of them come round.
+    Args:
+        rows: M.
+        out_features: N.
+        tiles: B.
+        most_sharers: Programs that there are flags for.
+        multiprocessors: Of the device.
     """
-    best = (float("inf"), 0, 0)
-    for block, shape in _SHAPES.items():
-        programs = -(-rows // block) * -(-out_features // PART)
-        for shares in range(1, _MOST_SHARES + 1):
-            share = -(-tiles // shares)
-            if -(-tiles // share) < shares or (shares > 1 and programs * _GROUPS > counters):
-                continue
-            rounds = -(-programs * shares // multiprocessors)
-            adding_up_us = 0.0 if shares == 1 else 1.0 + shares * (0.5 + rows * out_features / _ADDED_PER_US)
-            best = min(best, (rounds * share * shape.tile_us + adding_up_us, block, shares))
-    return best[1:]
+    return min(
+        (
+            plan
+            for block in _SHAPES
+            for plan in plans(block, rows, out_features, tiles, most_sharers, multiprocessors)
+        ),
+        key=lambda plan: _time_us(plan, tiles),
+    )
+
+
+def plans(
+    block: int, rows: int, out_features: int, tiles: int, most_sharers: int, multiprocessors: int
+) -> Iterator[Plan]:
+    """Yield every plan for blocks of so many rows; arguments as in `plan_for`."""
+    parts = -(-rows // block) * -(-out_features // PART)
+    rounds, shared = divmod(parts, multiprocessors)
+    most = min(multiprocessors, most_sharers, shared * min(tiles, _MOST_SHARES))
+    equal = {shared * shares for shares in range(1, _MOST_SHARES + 1)}
+    for sharers in sorted(equal | {most}):
+        if sharers == shared or shared < sharers <= most:
+            yield Plan(block, rounds, shared, sharers, multiprocessors if rounds else sharers)
+
+
+def _time_us(plan: Plan, tiles: int) -> float:
+    shape = _SHAPES[plan.block]
+    own_us = plan.rounds * (tiles * shape.tile_us + shape.part_us)
+    if plan.shared == 0:
+        return own_us
+    share_us = -(-plan.shared * tiles // plan.sharers) * shape.tile_us + shape.part_us
+    shares, more = divmod(plan.sharers, plan.shared)
+    if more:
+        share_us *= _UNEQUAL
+    others = shares - (more == 0)
+    return own_us + share_us + others * shape.sum_us + (_SHARING_US if others else 0.0)

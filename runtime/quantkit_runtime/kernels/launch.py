@@ -16,6 +16,8 @@ from torch import Tensor
 
 from quantkit_runtime.kernels import convert, hopper_launch
 from quantkit_runtime.kernels import multiply as kernels
+from quantkit_runtime.kernels.device import multiprocessors
+from quantkit_runtime.kernels.start import run_kernel
 from quantkit_runtime.kernels.tiles import PART, TILE
 
 _MIN_TILES_PER_PROGRAM = 3
@@ -82,24 +84,40 @@ def multiply(
         and hopper_launch.runs_on(x.device)
         and hopper_launch.fits(in_features, out_features, group)
     ):
-        return hopper_launch.multiply(x, tiles, scales, zeros, bias, counters, group, _multiprocessors(x.device))
-    block = min(max(triton.next_power_of_2(rows), 8), MAX_BLOCK_ROWS)
+        return hopper_launch.multiply(x, tiles, scales, zeros, bias, counters, group)
+    block, split = _plan(rows, out_features, tiles.shape[0], counters.numel(), multiprocessors(x.device))
     shape = _SHAPES[block]
-    blocks, parts = triton.cdiv(rows, block), triton.cdiv(out_features, PART)
-    wanted = round(shape.programs_per_multiprocessor * _multiprocessors(x.device) / (blocks * parts))
-    split = max(1, min(wanted, tiles.shape[0] // _MIN_TILES_PER_PROGRAM, shape.most_shares))
-    if blocks * parts > counters.numel():
-        split = 1
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     partial = torch.empty(split * rows * out_features if split > 1 else 0, device=x.device)
-    kernels.multiply_kernel[(blocks * parts, split)](
-        x, tiles, scales, scales if zeros is None else zeros, scales if bias is None else bias, out, partial,
-        counters, rows, out_features, in_features, GROUP=group, ASYM=zeros is not None, BIAS=bias is not None,
-        EVEN_N=out_features % PART == 0,
-        EVEN_K=in_features % TILE == 0, BM=block, BN=PART, SPLIT=split, PTX=_takes_ptx(x), STAGES=shape.stages,
-        num_warps=shape.warps,
+    run_kernel(
+        kernels.multiply_kernel,
+        (-(-rows // block) * -(-out_features // PART), split),
+        (
+            x, tiles, scales, scales if zeros is None else zeros, scales if bias is None else bias, out, partial,
+            counters,
+        ),
+        (out_features, in_features),
+        (rows,),
+        {
+            "GROUP": group, "ASYM": zeros is not None, "BIAS": bias is not None,
+            "EVEN_N": out_features % PART == 0, "EVEN_K": in_features % TILE == 0, "BM": block, "BN": PART,
+            "SPLIT": split, "STAGES": shape.stages, "PTX": _takes_ptx(x),
+        },
+        warps=shape.warps,
     )  # fmt: skip
     return out
+
+
+@lru_cache(maxsize=4096)
+def _plan(rows: int, out_features: int, tiles: int, counters: int, multiprocessors: int) -> tuple[int, int]:
+    """Return the rows of a block and the shares of K."""
+    block = min(max(triton.next_power_of_2(rows), 8), MAX_BLOCK_ROWS)
+    shape = _SHAPES[block]
+    programs = -(-rows // block) * -(-out_features // PART)
+    if programs > counters:
+        return block, 1
+    wanted = round(shape.programs_per_multiprocessor * multiprocessors / programs)
+    return block, max(1, min(wanted, tiles // _MIN_TILES_PER_PROGRAM, shape.most_shares))
 
 
 def unpack(
@@ -109,10 +127,19 @@ def unpack(
     """Return the dense weight (N, K), over ``divisor`` (N,) float32 if there is one; other arguments as above."""
     out_features = tiles.shape[1]
     out = torch.empty(out_features, in_features, dtype=dtype, device=tiles.device)
-    convert.unpack_kernel[(triton.cdiv(out_features, _UNPACKED_AT_ONCE), tiles.shape[0])](
-        tiles, scales, scales if zeros is None else zeros, scales if divisor is None else divisor, out,
-        out_features, in_features, GROUP=group, ASYM=zeros is not None, DIVIDED=divisor is not None,
-        EVEN_K=in_features % TILE == 0, BN=_UNPACKED_AT_ONCE, num_warps=4,
+    run_kernel(
+        convert.unpack_kernel,
+        (-(-out_features // _UNPACKED_AT_ONCE), tiles.shape[0]),
+        (
+            tiles, scales, scales if zeros is None else zeros, scales if divisor is None else divisor, out,
+        ),
+        (out_features, in_features),
+        (),
+        {
+            "GROUP": group, "ASYM": zeros is not None, "DIVIDED": divisor is not None,
+            "EVEN_K": in_features % TILE == 0, "BN": _UNPACKED_AT_ONCE,
+        },
+        warps=4,
     )  # fmt: skip
     return out
 
@@ -123,9 +150,10 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(rows, in_features, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     width = triton.next_power_of_2(in_features)
-    convert.quantize_rows_kernel[(rows,)](
-        x, out, scale, in_features, largest=_MAX_E4M3, BK=width, num_warps=4 if width <= 4096 else 8
-    )
+    run_kernel(
+        convert.quantize_rows_kernel, (rows, 1), (x, out, scale), (in_features,), (),
+        {"largest": _MAX_E4M3, "BK": width}, warps=4 if width <= 4096 else 8,
+    )  # fmt: skip
     return out, scale
 
 
@@ -163,26 +191,24 @@ def multiply_experts(
     out = make(slots, out_features, dtype=x.dtype, device=x.device)
     part = 32 if block_rows < 16 else 64
     shape = _SHAPES[block_rows]
-    kernels.multiply_experts_kernel[(expert.numel(), triton.cdiv(out_features, part))](
-        x, tiles, scales, scales if zeros is None else zeros, order, expert, start,
-        scales if weights is None else weights, out, top_k, experts, out_features, in_features, scales.shape[1],
-        GROUP=group, ASYM=zeros is not None, GATED=gated, WEIGHTED=weights is not None, SORTED=sorted_,
-        EVEN_N=out_features % part == 0, EVEN_K=in_features % TILE == 0, BM=block_rows, BN=part,
-        PTX=_takes_ptx(x), STAGES=shape.stages, num_warps=min(shape.warps, 4),
+    run_kernel(
+        kernels.multiply_experts_kernel,
+        (expert.numel(), -(-out_features // part)),
+        (
+            x, tiles, scales, scales if zeros is None else zeros, order, expert, start,
+            scales if weights is None else weights, out,
+        ),
+        (experts, out_features, in_features, scales.shape[1]),
+        (top_k,),
+        {
+            "GROUP": group, "ASYM": zeros is not None, "GATED": gated, "WEIGHTED": weights is not None,
+            "SORTED": sorted_, "EVEN_N": out_features % part == 0, "EVEN_K": in_features % TILE == 0,
+            "BM": block_rows, "BN": part, "STAGES": shape.stages, "PTX": _takes_ptx(x),
+        },
+        warps=min(shape.warps, 4),
     )  # fmt: skip
     return out
 
 
 def _takes_ptx(x: Tensor) -> bool:
     return x.device.type == "cuda" and torch.version.cuda is not None
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":  # Triton's interpreter
-        return 4
-    properties = torch.get_device_module(device).get_device_properties(device)
-    for name in ("multi_processor_count", "gpu_subslice_count"):
-        if hasattr(properties, name):
-            return int(getattr(properties, name))
-    return 64

@@ -103,7 +103,7 @@ def _accumulate(
 
 @triton.jit(do_not_specialize=["M"])
 def multiply_kernel(
-    x_ptr, tiles_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr, M, N, K,
+    x_ptr, tiles_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr, N, K, M,
     GROUP: tl.constexpr, ASYM: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +148,7 @@ def multiply_kernel(
 @triton.jit(do_not_specialize=["top_k"])
 def multiply_experts_kernel(
     x_ptr, tiles_ptr, scales_ptr, zeros_ptr, order_ptr, expert_ptr, start_ptr, weight_ptr, out_ptr,
-    top_k, experts, N, K, G, GROUP: tl.constexpr, ASYM: tl.constexpr, GATED: tl.constexpr,
+    experts, N, K, G, top_k, GROUP: tl.constexpr, ASYM: tl.constexpr, GATED: tl.constexpr,
     WEIGHTED: tl.constexpr, SORTED: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from quantkit_runtime.kernels.device import multiprocessors
 from quantkit_runtime.kernels.tiles import PART
 
 _LIBRARY: Any = torch.library.Library("quantkit", "DEF")  # type: ignore[no-untyped-call]
@@ -202,8 +203,11 @@ def _(x: Tensor, tiles: Tensor, *_: object) -> Tensor:
 
 
 def counters_for(out_features: int, device: torch.device) -> Tensor:
-    """Return the counters that `linear` wants for a layer: int32, all 0, for two or four blocks of rows.
+    """Return the counters that `linear` wants for a layer: int32, all 0.
 
-    They are the layer's own: two calls of one layer must not run at the same time on two streams.
+    They are the layer's own: two calls of one layer must not run at the same time on two streams. For a kernel of
+    few rows there are enough for two or four blocks of rows, for that of `quantkit_runtime.kernels.hopper` for all
+    programs.
     """
-    return torch.zeros(4 * -(-out_features // PART), dtype=torch.int32, device=device)
+    enough = max(4 * -(-out_features // PART), 2 * multiprocessors(device))
+    return torch.zeros(enough, dtype=torch.int32, device=device)

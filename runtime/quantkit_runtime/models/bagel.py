@@ -84,8 +84,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, i
         return attend(query, key, value, is_causal=is_causal, enable_gqa=True)
     group = query.shape[1] // key.shape[1]
     if query.shape[2] == 1:  # the heads of a group are rows that see the same: nothing is repeated
-        rows = query.view(query.shape[0], key.shape[1], group, -1)
-        return attend(rows, key, value, attn_mask=mask).view(query.shape)
+        rows = query.reshape(query.shape[0], key.shape[1], group, -1)
+        return attend(rows, key, value, attn_mask=mask).reshape(query.shape)
     key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
     return attend(query, key, value, attn_mask=mask)
 
