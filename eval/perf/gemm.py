@@ -16,19 +16,30 @@ its bf16 rate, both measured first. Errors are against float64: of the product w
 ``stream``              ``unpack`` for the next call on a second stream, while this one multiplies
 ``fp8``                 FP8 compute, quantization of the activations included
 ``tinygemm``            torch's own int4 operator
+``marlin``              Marlin's kernel: it has fp16 only, for activations, results and sums of parts of K, so its
+                        error is that of a finer rounding
 ======================  ==========================================================================================
+
+``marlin`` needs nvcc in PATH, and the kernel's source, which is not part of this repository::
+
+    python eval/perf/gemm.py --marlin marlin_cuda_kernel.cu --rows 1,4,8,16 --variants bf16,auto,marlin
+
+It is the one file ``marlin/marlin_cuda_kernel.cu`` of the repository IST-DASLab/marlin; the source distribution of
+auto-gptq 0.7.1 has it in ``autogptq_extension/marlin``, too. K must be a multiple of 128 and N one of 256.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+import marlin
 from measuring import (
     Budget,
     Column,
@@ -46,7 +57,7 @@ from measuring import (
 )
 from quantkit_runtime import W4A16Linear
 from quantkit_runtime.errors import QuantkitRuntimeError
-from quantkit_runtime.format import dequantize, pack
+from quantkit_runtime.format import dequantize, pack, unpack
 from quantkit_runtime.rounding import quantize_rtn
 
 # (K, N): FLUX.1-dev and GLM-Image-like widths, Wan2.2 A14B, Qwen2.5-Omni, Qwen3-Omni.
@@ -57,7 +68,7 @@ SHAPES = (
     (2048, 4096),
 )  # fmt: skip
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4608, 16384)
-VARIANTS = ("bf16", "auto", "fused", "unpack", "stream", "fp8", "tinygemm")
+VARIANTS = ("bf16", "auto", "fused", "unpack", "stream", "fp8", "tinygemm", "marlin")
 _ROTATED_BYTES = 256e6
 _LEAST_STREAM_ROWS = 2048
 _MOST_TINYGEMM_ROWS = 64
@@ -78,13 +89,14 @@ COLUMNS = (
 )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Time the grid and print it."""
     parser = common_options(__doc__)
     parser.add_argument("--shapes", help="e.g. 3072x12288,5120x13824 (default: those of all families)")
     parser.add_argument("--rows", type=numbers, default=list(ROWS), help="numbers of rows, e.g. 1,16,4608")
     parser.add_argument("--variants", type=choices(*VARIANTS), default=list(VARIANTS), help=f"of {VARIANTS}")
-    options = parser.parse_args()
+    parser.add_argument("--marlin", type=Path, help="marlin_cuda_kernel.cu, Marlin's source, for its variant")
+    options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type != "cuda" and not options.tiny:
         parser.error("needs a CUDA device: times are those of CUDA graphs (--tiny checks the script on a CPU)")
@@ -99,8 +111,9 @@ def main() -> None:
     report = Report("one Linear layer", COLUMNS, options, _chart)
     ceilings = _ceilings(device) if device.type == "cuda" else None
     report.record["ceilings"] = ceilings
+    kernel = _marlin_kernel(options, device)
     for in_features, out_features in shapes:
-        bench = Bench(in_features, out_features, options, device)
+        bench = Bench(in_features, out_features, options, device, kernel)
         for rows in options.rows:
             if budget.spent:
                 return
@@ -111,10 +124,23 @@ def main() -> None:
 
 
 class Bench:
-    """Weights of one shape, and the variants over them."""
+    """Weights of one shape, and the variants over them.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        options: Of the command line.
+        device: Where all of it is.
+        kernel: Marlin's, or why there is none.
+    """
 
     def __init__(
-        self, in_features: int, out_features: int, options: argparse.Namespace, device: torch.device
+        self,
+        in_features: int,
+        out_features: int,
+        options: argparse.Namespace,
+        device: torch.device,
+        kernel: marlin.Kernel | str,
     ) -> None:
         self._size = (in_features, out_features)
         self._options = options
@@ -128,12 +154,17 @@ class Bench:
         ]
         self._states = [self._packed(copy) for copy in range(copies)]
         self._layers = {compute: self._load(compute) for compute in ("16bit", "fp8")}
+        self._marlin: list[Callable[[Tensor], Tensor]] = []
+        refused = kernel if isinstance(kernel, str) else marlin.why_not(in_features, out_features)
+        self._left_out = {} if refused is None else {"marlin": refused}
+        if isinstance(kernel, marlin.Kernel) and refused is None:
+            self._marlin = self._marlin_products(kernel)
 
     def rows(self, rows: int, ceilings: dict[str, float] | None) -> list[dict[str, Any]]:
         """Measure every variant for so many rows."""
         in_features, out_features = self._size
         x = torch.randn(rows, in_features, device=self._device, generator=self._generator).to(torch.bfloat16)
-        variants, notes = self._variants(x), {}
+        variants, notes = self._variants(x), dict(self._left_out)
         for name, calls in list(variants.items()):
             try:
                 warm_up(calls, self._device)
@@ -170,6 +201,9 @@ class Bench:
             found["fp8"] = [lambda layer=layer: layer(x) for layer in fp8]
         if rows <= _MOST_TINYGEMM_ROWS and self._device.type == "cuda":
             found["tinygemm"] = _tinygemm(self._size, x, len(self._states), self._generator)
+        if self._marlin:
+            half = x.to(torch.float16)
+            found["marlin"] = [lambda product=product: product(half) for product in self._marlin]
         return {name: calls for name, calls in found.items() if name in self._options.variants}
 
     def _figures(
@@ -217,6 +251,26 @@ class Bench:
                 return []
             layers.append(layer)
         return layers
+
+    def _marlin_products(self, kernel: marlin.Kernel) -> list[Callable[[Tensor], Tensor]]:
+        """Products with as many weights as the runtime's layers have, the first of them the same."""
+        codes, scales, _ = unpack(self._states[0], self._layers["16bit"][0].scheme)
+        first = marlin.MarlinWeight.of(codes, scales)
+        weights = [first, *(first.with_random_codes(self._generator) for _ in self._states[1:])]
+        locks = marlin.locks_for(first.out_features, self._device)
+        return [lambda x, weight=weight: kernel(x, weight, locks) for weight in weights]
+
+
+def _marlin_kernel(options: argparse.Namespace, device: torch.device) -> marlin.Kernel | str:
+    """Compile Marlin, or return why it is left out."""
+    if "marlin" not in options.variants:
+        return "not asked for"
+    if options.marlin is None:
+        return "--marlin does not name its source"
+    try:
+        return marlin.load(options.marlin, device)
+    except marlin.MarlinError as error:
+        return reason(error)
 
 
 def _linear(layer: W4A16Linear, x: Tensor, fused_rows: int) -> Tensor:

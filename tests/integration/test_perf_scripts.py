@@ -66,6 +66,19 @@ def test_packed_experts_are_compared_with_the_fastest_of_transformers_own(run):
     assert "w4a16 cpu" in " ".join(plot.itertext())
 
 
+def test_the_layer_is_held_against_float64_and_a_peer_that_cannot_run_says_why(run, tmp_path):
+    result, plot = run("gemm")
+    assert [row["variant"] for row in result["rows"]] == ["bf16", "auto", "marlin"] * 2
+    assert all(1e-4 < row["error"] < 1e-2 for row in rows_of(result, "auto"))
+    assert {row["note"] for row in rows_of(result, "marlin")} == {"--marlin does not name its source"}
+    assert plot is None
+    source = tmp_path / "marlin_cuda_kernel.cu"
+    result, _ = run("gemm", "--variants", "auto,marlin", "--marlin", str(source))
+    assert {row["note"] for row in rows_of(result, "marlin")} == {"MarlinError: needs a CUDA device"}
+    result, _ = run("gemm", "--variants", "auto")
+    assert not rows_of(result, "marlin")
+
+
 def test_no_row_begins_when_the_time_is_spent_and_the_file_says_so(run, monkeypatch):
     monkeypatch.setattr(importlib.import_module("measuring").Budget, "spent", True)
     result, plot = run("flux_step", "--modes", "eager")
