@@ -2,7 +2,8 @@
 
 Its source is one CUDA file that is not part of this repository: ``marlin/marlin_cuda_kernel.cu`` of the repository
 IST-DASLab/marlin, also in the source distribution of auto-gptq 0.7.1, in ``autogptq_extension/marlin``. It is
-compiled as it is, without torch's headers, and needs nvcc and compute capability 8.0. ::
+compiled without torch's headers and without its hint to the cache, which a Hopper GPU stops at, and needs nvcc and
+compute capability 8.0. ::
 
     kernel = load(Path("marlin_cuda_kernel.cu"), device)
     weight = MarlinWeight.of(codes, scales)
@@ -53,6 +54,9 @@ extern "C" const char* marlin_product(
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }}
 """
+# Weights are read once and should leave the cache first; the two instructions are illegal on an H200.
+_HINT = ("createpolicy.fractional.L2::evict_first.b64 p, 1.0;", ".L2::cache_hint [%0], [%1], %2, p;")
+_NO_HINT = ("", " [%0], [%1], %2;")
 # The copy in auto-gptq includes a header that it does not need, and that is not in its source distribution.
 _EMPTY_HEADER = "marlin_cuda_kernel.cuh"
 _FLAGS = (
@@ -236,8 +240,12 @@ def build(source: Path, folder: Path, capability: tuple[int, int]) -> Path:
     if compiler is None:
         raise MarlinError("nvcc is not in PATH")
     (folder / _EMPTY_HEADER).touch()
-    wrapper, library = folder / "marlin_product.cu", folder / "marlin_product.so"
-    wrapper.write_text(_WRAPPER.format(source=source.resolve()), encoding="utf-8")
+    code = source.read_text(encoding="utf-8")
+    for hint, without in zip(_HINT, _NO_HINT, strict=True):
+        code = code.replace(hint, without)
+    mended, wrapper, library = (folder / name for name in ("mended.cu", "marlin_product.cu", "marlin_product.so"))
+    mended.write_text(code, encoding="utf-8")
+    wrapper.write_text(_WRAPPER.format(source=mended), encoding="utf-8")
     architecture = f"-arch=sm_{capability[0]}{capability[1]}"
     command = [compiler, *_FLAGS, architecture, "-I", str(folder), "-o", str(library), str(wrapper)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

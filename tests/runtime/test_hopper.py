@@ -1,12 +1,14 @@
 """The Hopper kernel, compiled for that GPU without one: its assembly, and the choice of its programs."""
 
 import subprocess
+import weakref
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantkit_runtime.kernels import hopper_launch
 from quantkit_runtime.kernels.hopper_launch import _SHAPES, block_rows, fits, plan_for, plans, runs_on
 
 gluon = pytest.importorskip("triton.experimental.gluon")
@@ -102,6 +104,46 @@ def test_a_plan_gives_out_every_part_and_no_empty_share(
         assert plan.sharers <= max(plan.shared * tiles, 1)
         if plan.sharers > plan.shared:
             assert plan.sharers <= most_sharers
+
+
+def launched(monkeypatch):
+    """Return what the kernel would have been launched with, by the names of its parameters."""
+    found = {}
+
+    def run(kernel, grid, tensors, sizes, counts, constants, *, warps, described):
+        del warps
+        found.update(zip(kernel.arg_names, (*described, *tensors, *sizes, *counts), strict=False), grid=grid)
+        found.update(constants)
+        assert len(found) == len(kernel.arg_names) + 1
+
+    monkeypatch.setattr(hopper_launch, "run_kernel", run)
+    return found
+
+
+def test_the_kernel_gets_descriptors_of_whole_matrices_and_flags_of_the_layer(monkeypatch):
+    found = launched(monkeypatch)
+    x, tiles = torch.zeros(200, 384, dtype=torch.bfloat16), torch.zeros(3, 1000, 16, dtype=torch.int32)
+    scales, flags = torch.zeros(3, 1000, dtype=torch.float16), torch.zeros(8, dtype=torch.int32)
+    out = hopper_launch.multiply(x, tiles, scales, None, None, flags, 128)
+    assert out.shape == (200, 1000)
+    for name, tensor, box in (("x_desc", x, 128), ("tiles_desc", tiles, 16), ("scales_desc", scales, 128)):
+        described = found[name]
+        assert described.base.data_ptr() == tensor.data_ptr()
+        assert described.base.dtype == tensor.dtype
+        assert described.shape[0] * described.shape[1] == tensor.numel()
+        assert described.block_shape[1] == box
+    assert found["flag_ptr"] is flags
+    assert (found["N"], found["K"], found["G"], found["M"]) == (1000, 384, 3, 200)
+
+
+def test_a_descriptor_keeps_no_tensor_in_memory(monkeypatch):
+    launched(monkeypatch)
+    x = torch.zeros(64, 128, dtype=torch.bfloat16)
+    tiles, scales = torch.zeros(1, 8, 16, dtype=torch.int32), torch.zeros(1, 8, dtype=torch.float16)
+    gone = weakref.ref(x)
+    hopper_launch.multiply(x, tiles, scales, None, None, torch.zeros(8, dtype=torch.int32), 128)
+    del x
+    assert gone() is None
 
 
 def test_blocks_of_an_experts_rows_are_as_large_as_their_number():

@@ -20,6 +20,7 @@ from quantkit_runtime.kernels import hopper_launch
 
 FUSED_ROWS = {
     "NVIDIA H100 80GB HBM3": 2048,
+    "NVIDIA H200": 4608,
 }
 DEFAULT_FUSED_ROWS = 128
 """Of cards that nobody has measured."""

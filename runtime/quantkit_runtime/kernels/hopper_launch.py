@@ -53,7 +53,7 @@ _SHAPES = {
 }
 _SHARING_US = 4.0
 _UNEQUAL = 1.13
-"""By how much tiles take longer if programs begin anywhere in a part, and so read other input features at a time."""
+"""By how much tiles take longer if programs begin anywhere in a part, and so read other parts of x at a time."""
 MIN_ROWS = 33
 """Up to how many rows the kernel of few rows is as fast."""
 
@@ -209,12 +209,24 @@ class _Memory:
 
 @lru_cache(maxsize=8192)
 def _descriptor(
-    address: int, dtype: torch.dtype, rows: int, columns: int, box_rows: int, box_columns: int, layout: Any
+    address: int, dtype: torch.dtype, rows: int, columns: int, box_rows: int, box_columns: int, layout: int
 ) -> Any:
-    """Describe a matrix to TMA. To make one costs the host as much as a quarter of a launch."""
+    """Describe a matrix to TMA; to make one costs the host as much as a quarter of a launch.
+
+    Args:
+        address: Of the matrix, whose rows follow each other.
+        dtype: Of its elements.
+        rows: Of the matrix.
+        columns: Of the matrix.
+        box_rows: Of what is copied at a time.
+        box_columns: Of what is copied at a time.
+        layout: Number of one of `_layouts`.
+    """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    return TensorDescriptor(_Memory(address, dtype), [rows, columns], [columns, 1], [box_rows, box_columns], layout)
+    return TensorDescriptor(
+        _Memory(address, dtype), [rows, columns], [columns, 1], [box_rows, box_columns], _layouts()[layout]
+    )
 
 
 @lru_cache
