@@ -1,4 +1,4 @@
-"""Two ranks on one accelerator, through gloo: what comes out is what one rank alone gives there.
+"""Two ranks on one accelerator through gloo, and on two through NCCL or XCCL: they give what one rank alone gives.
 
 It shows that the exchange is right on accelerators, not that it is fast. quantkit-runtime is all that it needs.
 """
@@ -32,11 +32,17 @@ SHARES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def device():
+@pytest.fixture(scope="module", params=["one accelerator", "one for each rank"])
+def device(request):
+    """As the ranks take it."""
     if not torch.accelerator.is_available():
         pytest.skip("no accelerator")
-    return f"{torch.accelerator.current_accelerator().type}:0"
+    kind = torch.accelerator.current_accelerator().type
+    if request.param == "one accelerator":
+        return f"{kind}:0"
+    if torch.accelerator.device_count() < 2:
+        pytest.skip("one accelerator")
+    return kind
 
 
 @pytest.fixture(scope="module")

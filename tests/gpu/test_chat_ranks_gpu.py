@@ -1,0 +1,64 @@
+"""A packed omni model on two accelerators writes and says what it does on one."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+import serving
+import torch
+from tiny_omni import build_qwen2_5_omni
+
+from quantkit.quantize.run import prepare, quantize
+from quantkit.recipe import load_recipe
+from quantkit_runtime.server.protocol import ModelSpec
+from quantkit_runtime.server.settings import Settings
+
+pytestmark = [pytest.mark.gpu, pytest.mark.multi_rank]
+
+TEXTS = [f"{'red ' * count}{count}" for count in range(1, 5)]
+
+
+@pytest.fixture(scope="module")
+def device():
+    if not torch.accelerator.is_available() or torch.accelerator.device_count() < 2:
+        pytest.skip("fewer than two accelerators")
+    return torch.accelerator.current_accelerator().type
+
+
+@pytest.fixture(scope="module")
+def folder(device, tmp_path_factory):
+    del device
+    home = tmp_path_factory.mktemp("omni")
+    recipe = home / "recipe.yaml"
+    scheme = {"group_size": 32, "iters": 0, "nsamples": 2, "batch_size": 1}
+    recipe.write_text(json.dumps({"version": 1, "model": {"id": "omni", "task": "chat"}, "scheme": scheme}))
+    source = build_qwen2_5_omni(home / "bf16", kv_heads=2)
+    return quantize(prepare(load_recipe(recipe), source), home / "w4").output
+
+
+def answers(folder, device, ranks, state):
+    """Return what is written to all texts at once, and what is said to the first."""
+    spec = ModelSpec(path=str(folder), device=device, dtype="float32", tensor_parallel=ranks)
+    with (
+        serving.running(Settings({"omni": spec}, port=0, state_dir=state)) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+        ThreadPoolExecutor(len(TEXTS)) as pool,
+    ):
+
+        def ask(text, **more):
+            made = client.chat.completions.create(
+                model="omni", messages=[{"role": "user", "content": text}], max_tokens=16, temperature=0.0,
+                extra_body={"repetition_penalty": 1.5}, **more,
+            )  # fmt: skip
+            return made.choices[0].message
+
+        written = [message.content for message in pool.map(ask, TEXTS)]
+        spoken = ask(TEXTS[0], seed=1, modalities=["text", "audio"], audio={"voice": "Chelsie", "format": "wav"})
+    return written, spoken.audio.transcript
+
+
+def test_two_accelerators_write_and_say_what_one_does(folder, device, tmp_path):
+    together = answers(folder, device, 2, tmp_path / "two")
+    assert together == answers(folder, f"{device}:0", 1, tmp_path / "one")
+    assert len(set(together[0])) == len(TEXTS)
