@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit_runtime.kernels import hopper_launch
-from quantkit_runtime.kernels.hopper_launch import _SHAPES, block_rows, fits, plan_for, plans, runs_on
+from quantkit_runtime.kernels.hopper_launch import STAGES, block_rows, fits, plan_for, plans, runs_on
 
 gluon = pytest.importorskip("triton.experimental.gluon")
 
@@ -52,14 +52,13 @@ def assembler_says(tmp_path, monkeypatch, **constants):
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stderr
 
 
-@pytest.mark.parametrize("block", _SHAPES)
+@pytest.mark.parametrize("block", STAGES)
 @pytest.mark.parametrize("variant", [(False, False), (True, False), (True, True)], ids=str)
 def test_the_assembler_neither_spills_registers_nor_makes_the_tensor_cores_wait(
     block, variant, tmp_path, monkeypatch
 ):
     asym, experts = variant
-    stages = _SHAPES[block].stages
-    said = assembler_says(tmp_path, monkeypatch, BM=block, STAGES=stages, ASYM=asym, EXPERTS=experts)
+    said = assembler_says(tmp_path, monkeypatch, BM=block, STAGES=STAGES[block], ASYM=asym, EXPERTS=experts)
     assert "0 bytes spill stores, 0 bytes spill loads" in said
     assert "serialized" not in said
 
@@ -84,7 +83,7 @@ def test_many_rows_take_large_blocks_and_few_parts_share_the_input_features():
 
 
 @given(
-    block=st.sampled_from(sorted(_SHAPES)),
+    block=st.sampled_from(sorted(STAGES)),
     rows=st.integers(1, 5000),
     out_features=st.integers(1, 2000).map(lambda eighths: 8 * eighths),
     tiles=st.integers(1, 120),

@@ -256,7 +256,8 @@ def multiply_kernel(
     the ``shared`` parts that are left over, at most a whole part's. A program that begins amidst a part leaves its
     sum in ``partial`` (sharers, 2, BN / 2, BM) float32 and says so in ``flag`` (sharers, 2) int32; the one that
     began it waits for that, adds up in a fixed order, and leaves 0 in the flags, as they were. Nobody waits before
-    it has left what others wait for.
+    it has left what others wait for. Whom a program waits for has one of the next numbers, and they start in order:
+    work goes on wherever a few programs run at a time.
 
     With EXPERTS the weights are those of E experts, one after the other, and the rows are sorted by expert:
     ``expert`` and ``start`` (blocks,) say whose rows a block holds and which is its first; after them ``start`` has

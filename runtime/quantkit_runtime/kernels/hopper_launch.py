@@ -6,7 +6,7 @@ Legend: M = rows, N = out_features, K = in_features, G = groups, B = tiles along
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,36 +26,8 @@ _WARPS_OF_A_GROUP = 4
 _MOST_SHARES = 4
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """How a program works on a part of so many rows.
-
-    The times are microseconds on an H200, fitted to those of 226 plans for four layers and 64 to 4608 rows; only
-    their relations matter.
-
-    Attributes:
-        stages: Tiles in shared memory at a time.
-        tile_us: For a tile of 128 input features.
-        part_us: For the beginning and the end of a part.
-        sum_us: For adding what another program left.
-    """
-
-    stages: int
-    tile_us: float
-    part_us: float
-    sum_us: float
-
-
-_SHAPES = {
-    64: _Shape(4, 0.513, 3.29, 0.66),
-    128: _Shape(5, 0.728, 2.67, 1.09),
-    256: _Shape(3, 1.244, 4.64, 1.77),
-}
-_SHARING_US = 4.0
-_UNEQUAL = 1.13
-"""By how much tiles take longer if programs begin anywhere in a part, and so read other parts of x at a time."""
-MIN_ROWS = 33
-"""Up to how many rows the kernel of few rows is as fast."""
+STAGES = {64: 4, 128: 5, 256: 3}
+"""Tiles in shared memory at a time, by the rows of a part."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +47,50 @@ class Plan:
     shared: int
     sharers: int
     programs: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a plan takes, in microseconds; only their relations matter. Three are by the rows of a part.
+
+    Attributes:
+        tile_us: For a tile of 128 input features.
+        part_us: For the beginning and the end of a part.
+        sum_us: For adding what another program left.
+        sharing_us: For parts being shared at all.
+        unequal: By how much tiles take longer if programs begin anywhere in a part: they read other parts of x at a
+            time.
+    """
+
+    tile_us: Mapping[int, float]
+    part_us: Mapping[int, float]
+    sum_us: Mapping[int, float]
+    sharing_us: float
+    unequal: float
+
+    def time_us(self, plan: Plan, tiles: int) -> float:
+        """Return how long a plan takes for so many tiles along K."""
+        own, share, others = plan.rounds * tiles, 0.0, 0
+        if plan.shared:
+            share = -(-plan.shared * tiles // plan.sharers)
+            shares, more = divmod(plan.sharers, plan.shared)
+            share *= self.unequal if more else 1
+            others = shares - (more == 0)
+        block, parts = plan.block, plan.rounds + (plan.shared > 0)
+        adding_us = self.sharing_us + others * self.sum_us[block] if others else 0.0
+        return (own + share) * self.tile_us[block] + parts * self.part_us[block] + adding_us
+
+
+# Of an H200, by eval/perf/hopper_plans.py: 188 plans for four layers and 64 to 4608 rows.
+MODEL = Model(
+    tile_us={64: 0.509, 128: 0.726, 256: 1.238},
+    part_us={64: 3.16, 128: 2.54, 256: 4.51},
+    sum_us={64: 0.65, 128: 1.05, 256: 1.77},
+    sharing_us=4.24,
+    unequal=1.14,
+)
+MIN_ROWS = 33
+"""Up to how many rows the kernel of few rows is as fast."""
 
 
 @lru_cache
@@ -155,7 +171,7 @@ def multiply_sorted(
 
 def block_rows(rows: float) -> int:
     """Return how many rows a block should have where an expert gets so many on average."""
-    return next((block for block in _SHAPES if rows <= block), max(_SHAPES))
+    return next((block for block in STAGES if rows <= block), max(STAGES))
 
 
 def _start(
@@ -183,7 +199,7 @@ def _start(
         ),
         {
             "GROUP": group, "ASYM": zeros is not None, "BIAS": bias is not None, "EXPERTS": expert is not None,
-            "BM": plan.block, "BN": PART, "STAGES": _SHAPES[plan.block].stages,
+            "BM": plan.block, "BN": PART, "STAGES": STAGES[plan.block],
         },
         warps=_WARPS_OF_A_GROUP,
         described=(
@@ -251,10 +267,10 @@ def plan_for(rows: int, out_features: int, tiles: int, most_sharers: int, multip
     return min(
         (
             plan
-            for block in _SHAPES
+            for block in STAGES
             for plan in plans(block, rows, out_features, tiles, most_sharers, multiprocessors)
         ),
-        key=lambda plan: _time_us(plan, tiles),
+        key=lambda plan: MODEL.time_us(plan, tiles),
     )
 
 
@@ -269,16 +285,3 @@ def plans(
     for sharers in sorted(equal | {most}):
         if sharers == shared or shared < sharers <= most:
             yield Plan(block, rounds, shared, sharers, multiprocessors if rounds else sharers)
-
-
-def _time_us(plan: Plan, tiles: int) -> float:
-    shape = _SHAPES[plan.block]
-    own_us = plan.rounds * (tiles * shape.tile_us + shape.part_us)
-    if plan.shared == 0:
-        return own_us
-    share_us = -(-plan.shared * tiles // plan.sharers) * shape.tile_us + shape.part_us
-    shares, more = divmod(plan.sharers, plan.shared)
-    if more:
-        share_us *= _UNEQUAL
-    others = shares - (more == 0)
-    return own_us + share_us + others * shape.sum_us + (_SHARING_US if others else 0.0)
