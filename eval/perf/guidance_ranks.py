@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ class Run:
 
         self._peak_bytes = peak_bytes(self._device)
         self._call = self._arguments = None
+        gc.collect()  # a pipeline is in cycles, which would keep its weights in the memory that the next one wants
         if self._device.type != "cpu":
             torch.get_device_module(self._device).empty_cache()
 
