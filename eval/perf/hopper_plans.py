@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _measure(device: torch.device, options: Any, report: Report) -> Iterable[dict[str, Any]]:
     """Yield and report the time of every plan."""
     budget, count = Budget(options.budget_s), multiprocessors(device)
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)  # Triton launches on the current one
     torch.manual_seed(options.seed)
     for in_features, out_features in SHAPES:
         tiles = in_features // TILE

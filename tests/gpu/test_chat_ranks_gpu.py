@@ -1,4 +1,7 @@
-"""A packed omni model on two accelerators writes and says what it does on one."""
+"""A packed omni model on two accelerators writes and says what it does on one.
+
+In float32, where the sums of two ranks give the same tokens; it shows that what ranks exchange is right.
+"""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

@@ -80,6 +80,7 @@ def test_every_number_of_rows_gives_the_exact_product_within_rounding(device, sh
             assert relative_error(out, exact) < TOLERANCE[dtype], (rows, fused_rows)
         assert relative_error(layer(x), exact) < TOLERANCE[dtype]
     assert not layer._kernel._counters.any()
+    assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in state.items())
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -103,7 +104,6 @@ def test_however_parts_are_shared_among_programs_the_product_is_exact_and_the_sa
             assert relative_error(out, exact) < TOLERANCE[torch.bfloat16], plan
             assert all(torch.equal(out, other) for other in again), plan
     assert not flags.any()
-    assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in state.items())
 
 
 def test_a_hundred_thousand_rows_and_none_are_served(device):

@@ -14,8 +14,8 @@ from quantkit_runtime.kernels.hopper_launch import STAGES, block_rows, fits, pla
 gluon = pytest.importorskip("triton.experimental.gluon")
 
 
-def assembler_says(tmp_path, monkeypatch, **constants):
-    """Compile the kernel for compute capability 9.0; return what ptxas reports of it."""
+def assembler_says(tmp_path, monkeypatch, dtype="bf16", **constants):
+    """Compile the kernel for compute capability 9.0 and activations of a dtype; return what ptxas reports of it."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
     from triton.backends.compiler import GPUTarget
@@ -29,13 +29,13 @@ def assembler_says(tmp_path, monkeypatch, **constants):
 
     block = constants["BM"]
     types = {
-        "x_desc": described("bf16", [block, 128], 128, 16),
+        "x_desc": described(dtype, [block, 128], 128, 16),
         "tiles_desc": described("i32", [128, 16], 64, 32),
         "scales_desc": described("fp16", [1, 128], 0, 16),
-        "zeros_ptr": "*u8", "bias_ptr": "*bf16", "out_ptr": "*bf16", "partial_ptr": "*fp32", "flag_ptr": "*i32",
-        "expert_ptr": "*i32", "start_ptr": "*i32",
+        "zeros_ptr": "*u8", "bias_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "partial_ptr": "*fp32",
+        "flag_ptr": "*i32", "expert_ptr": "*i32", "start_ptr": "*i32",
     } | dict.fromkeys(["M", "N", "K", "G", "blocks", "experts", "rounds", "shared", "sharers"], "i32")  # fmt: skip
-    constants = {"GROUP": 128, "BIAS": True, "BN": 128, **constants}
+    constants = {"BIAS": True, "BN": 128, **constants}
     place = {name: number for number, name in enumerate(kernel.arg_names)}
     source = GluonASTSource(
         kernel,
@@ -53,12 +53,19 @@ def assembler_says(tmp_path, monkeypatch, **constants):
 
 
 @pytest.mark.parametrize("block", STAGES)
-@pytest.mark.parametrize("variant", [(False, False), (True, False), (True, True)], ids=str)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"GROUP": 128, "ASYM": False, "EXPERTS": False},
+        {"GROUP": 0, "ASYM": True, "EXPERTS": False, "dtype": "fp16"},
+        {"GROUP": 128, "ASYM": True, "EXPERTS": True},
+    ],
+    ids=str,
+)
 def test_the_assembler_neither_spills_registers_nor_makes_the_tensor_cores_wait(
     block, variant, tmp_path, monkeypatch
 ):
-    asym, experts = variant
-    said = assembler_says(tmp_path, monkeypatch, BM=block, STAGES=STAGES[block], ASYM=asym, EXPERTS=experts)
+    said = assembler_says(tmp_path, monkeypatch, BM=block, STAGES=STAGES[block], **variant)
     assert "0 bytes spill stores, 0 bytes spill loads" in said
     assert "serialized" not in said
 
@@ -133,6 +140,29 @@ def test_the_kernel_gets_descriptors_of_whole_matrices_and_flags_of_the_layer(mo
         assert described.block_shape[1] == box
     assert found["flag_ptr"] is flags
     assert (found["N"], found["K"], found["G"], found["M"]) == (1000, 384, 3, 200)
+
+
+def test_sums_of_shares_are_float32_whatever_the_default_dtype(monkeypatch):
+    found = launched(monkeypatch)
+    monkeypatch.setattr(hopper_launch, "multiprocessors", lambda _device: 132)
+    x, tiles = torch.zeros(64, 3072, dtype=torch.bfloat16), torch.zeros(24, 256, 16, dtype=torch.int32)
+    scales, flags = torch.zeros(24, 256, dtype=torch.float16), torch.zeros(264, dtype=torch.int32)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        hopper_launch.multiply(x, tiles, scales, None, None, flags, 128)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found["sharers"] > found["shared"] > 0
+    assert found["partial_ptr"].dtype == torch.float32
+    assert found["partial_ptr"].numel() == found["sharers"] * found["BM"] * 128
+
+
+def test_rows_that_begin_at_an_odd_address_are_copied_to_where_tma_reads(monkeypatch):
+    found = launched(monkeypatch)
+    x = torch.zeros(64 * 128 + 1, dtype=torch.bfloat16)[1:].view(64, 128)
+    tiles, scales = torch.zeros(1, 8, 16, dtype=torch.int32), torch.zeros(1, 8, dtype=torch.float16)
+    hopper_launch.multiply(x, tiles, scales, None, None, torch.zeros(8, dtype=torch.int32), 128)
+    assert found["x_desc"].base.data_ptr() % 16 == 0
 
 
 def test_a_descriptor_keeps_no_tensor_in_memory(monkeypatch):

@@ -3,7 +3,7 @@
 =============  ====================================================================================================
 ``triton``     few rows: one kernel that unpacks weights in registers, bound by reading a quarter of the bytes; many
                rows: unpacked to 16 bit once per call, then the vendor's product, bound by arithmetic; on Hopper a
-               kernel of its own for hundreds of rows, and for experts of many tokens
+               kernel of its own from 33 rows to thousands, and for experts of many tokens
 ``triton-fp8`` compute ``"fp8"``: few rows as above; many: weights and activations as e4m3, each row with its own
                scale, and the vendor's FP8 product
 =============  ====================================================================================================

@@ -3,12 +3,13 @@
 There the instruction that multiplies (wgmma) runs beside the ones that unpack, as long as a program keeps it fed,
 which Triton does not arrange. So one warp does nothing but copy tiles to shared memory (by TMA, which needs no
 registers and no masks), and two groups of four warps, each with half of the output features, unpack the next 16
-input features while the tensor cores work on the last ones. The groups do not wait for each other, so that one has
-work for the tensor cores while the other begins a tile.
+input features while the tensor cores work on the last ones. The groups wait for each other only at the end of a
+part, so that one has work for the tensor cores while the other begins a tile. A program stays on its multiprocessor
+and works on parts of the result one after the other.
 
-Legend: M = rows, N = out_features, K = in_features, G = groups, B = tiles along K, E = experts; a program computes
-BN output features of BM rows. The weights are the left operand, which may come from registers; of x the right one
-may not. `quantkit_runtime.kernels.tiles` has the layout of the weights.
+Legend: M = rows, N = out_features, K = in_features, G = groups, B = tiles along K, E = experts; a part of the
+result has BN output features of BM rows. The weights are the left operand, which may come from registers; of x the
+right one may not. `quantkit_runtime.kernels.tiles` has the layout of the weights.
 """
 # mypy: ignore-errors
 # Gluon compiles functions from their source; annotations other than constexpr mean nothing in them.
@@ -76,7 +77,7 @@ def _place(number, parts, blocks, BN: gl.constexpr):
     """Block of rows and first output feature of a part of the result: bands of blocks, one after the other."""
     band = number // (_BAND * parts)
     place = number % (_BAND * parts)
-    width = gl.minimum(blocks - band * _BAND, _BAND)
+    width = gl.maximum(gl.minimum(blocks - band * _BAND, _BAND), 1)  # of an empty segment it could be 0
     return band * _BAND + place % width, place // width * BN
 
 
@@ -256,8 +257,8 @@ def multiply_kernel(
     the ``shared`` parts that are left over, at most a whole part's. A program that begins amidst a part leaves its
     sum in ``partial`` (sharers, 2, BN / 2, BM) float32 and says so in ``flag`` (sharers, 2) int32; the one that
     began it waits for that, adds up in a fixed order, and leaves 0 in the flags, as they were. Nobody waits before
-    it has left what others wait for. Whom a program waits for has one of the next numbers, and they start in order:
-    work goes on wherever a few programs run at a time.
+    it has left what others wait for. Whom a program waits for has one of the next numbers; as GPUs start
+    programs in order, work goes on wherever two or more run at a time.
 
     With EXPERTS the weights are those of E experts, one after the other, and the rows are sorted by expert:
     ``expert`` and ``start`` (blocks,) say whose rows a block holds and which is its first; after them ``start`` has

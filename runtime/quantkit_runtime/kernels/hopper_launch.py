@@ -20,11 +20,9 @@ from quantkit_runtime.kernels.tiles import PART, SLICE, TILE
 
 CAPABILITY = (9, 0)
 """Of Hopper; other generations have other instructions in place of wgmma."""
-ALIGNMENT = 16
-"""Bytes that the address of what TMA copies is a multiple of; views of larger tensors may begin elsewhere."""
+_ALIGNMENT = 16  # bytes, of what TMA copies; views of larger tensors may begin elsewhere
 _WARPS_OF_A_GROUP = 4
-_MOST_SHARES = 4
-
+_MOST_SHARES = 4  # of a part; more were not tried
 
 STAGES = {64: 4, 128: 5, 256: 3}
 """Tiles in shared memory at a time, by the rows of a part."""
@@ -81,7 +79,7 @@ class Model:
         return (own + share) * self.tile_us[block] + parts * self.part_us[block] + adding_us
 
 
-# Of an H200, by eval/perf/hopper_plans.py: 188 plans for four layers and 64 to 4608 rows.
+# Of an H200, fitted by eval/perf/hopper_plans.py to 188 plans for four layers and 64 to 4608 rows.
 MODEL = Model(
     tile_us={64: 0.509, 128: 0.726, 256: 1.238},
     part_us={64: 3.16, 128: 2.54, 256: 4.51},
@@ -90,7 +88,7 @@ MODEL = Model(
     unequal=1.14,
 )
 MIN_ROWS = 33
-"""Up to how many rows the kernel of few rows is as fast."""
+"""Below so many rows the kernel of few rows is as fast."""
 
 
 @lru_cache
@@ -129,9 +127,9 @@ def multiply(
         scales: (G, N).
         zeros: (G, N) or None.
         bias: (N,) or None.
-        flags: int32, all 0; two for each multiprocessor of the device, else parts are not shared.
+        flags: int32, all 0, and 0 again afterwards; no more programs share parts than there are pairs of them.
         group: Input features per group; 0 if a group is a whole row of the weight.
-        plan: None for the one that takes the least time.
+        plan: None for the one that takes the least time; it has no more sharers than there are pairs of flags.
 
     Returns:
         (M, N).
@@ -139,7 +137,11 @@ def multiply(
     rows, out_features = x.shape[0], tiles.shape[1]
     plan = plan or plan_for(rows, out_features, tiles.shape[0], flags.numel() // 2, multiprocessors(x.device))
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    partial = out if plan.sharers <= plan.shared else torch.empty(plan.sharers * plan.block * PART, device=x.device)
+    partial = out
+    if plan.sharers > plan.shared:
+        partial = torch.empty(plan.sharers * plan.block * PART, dtype=torch.float32, device=x.device)
+    if x.data_ptr() % _ALIGNMENT:
+        x = x.clone()
     _start(x, tiles, scales, zeros, bias, out, plan, partial=partial, flags=flags, group=group)
     return out
 

@@ -71,7 +71,7 @@ def multiply(
         zeros: (G, N) uint8; None in a symmetric scheme.
         bias: (N,) or None.
         counters: int32, all 0, and 0 again afterwards; K is shared among programs only where there is one for each
-            part of the result.
+            part of the result, and on Hopper two for each program.
         group: Input features per group; 0 if a group is a whole row of the weight.
 
     Returns:
@@ -80,7 +80,6 @@ def multiply(
     (rows, in_features), out_features = x.shape, tiles.shape[1]
     if (
         rows >= hopper_launch.MIN_ROWS
-        and x.data_ptr() % hopper_launch.ALIGNMENT == 0
         and hopper_launch.runs_on(x.device)
         and hopper_launch.fits(in_features, out_features, group)
     ):
@@ -88,7 +87,7 @@ def multiply(
     block, split = _plan(rows, out_features, tiles.shape[0], counters.numel(), multiprocessors(x.device))
     shape = _SHAPES[block]
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    partial = torch.empty(split * rows * out_features if split > 1 else 0, device=x.device)
+    partial = torch.empty(split * rows * out_features if split > 1 else 0, dtype=torch.float32, device=x.device)
     run_kernel(
         kernels.multiply_kernel,
         (-(-rows // block) * -(-out_features // PART), split),

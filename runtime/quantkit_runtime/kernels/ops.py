@@ -205,9 +205,9 @@ def _(x: Tensor, tiles: Tensor, *_: object) -> Tensor:
 def counters_for(out_features: int, device: torch.device) -> Tensor:
     """Return the counters that `linear` wants for a layer: int32, all 0.
 
-    They are the layer's own: two calls of one layer must not run at the same time on two streams. For a kernel of
-    few rows there are enough for two or four blocks of rows, for that of `quantkit_runtime.kernels.hopper` for all
-    programs.
+    They are the layer's own: two calls of one layer must not run at the same time on two streams. There are enough
+    for four parts of the result for each part of the output features, and for all programs of
+    `quantkit_runtime.kernels.hopper`.
     """
     enough = max(4 * -(-out_features // PART), 2 * multiprocessors(device))
     return torch.zeros(enough, dtype=torch.int32, device=device)

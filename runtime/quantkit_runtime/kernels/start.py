@@ -3,7 +3,7 @@
 Triton compiles a kernel for the dtypes of its arguments, for addresses and integers that are multiples of 16, and
 for integers that are 1, and searches the compiled form anew in every call. For the kernels here that takes some 30
 us of the host's time, longer than the device needs for a small layer. Here a form is found by what it can depend
-on, and then launched itself.
+on, and then launched itself; not on AMD's GPUs, where forms depend on the sizes of tensors, too.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-_FORMS: dict[tuple[Any, ...], Any] = {}
+# With its kernel, whose number is in the key: a number is given out again when its owner is gone.
+_FORMS: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 _ALIGNMENT = 16
+_KEEPS_FORMS = torch.version.hip is None
 
 
 def run_kernel(
@@ -40,14 +43,14 @@ def run_kernel(
         id(kernel), warps, tensors[0].device.index, *[tensor.dtype for tensor in tensors], *sizes,
         *constants.values(),
     )  # fmt: skip
-    aligned = addresses % _ALIGNMENT == 0
-    form = _FORMS.get(key) if aligned else None
-    if form is not None:
+    kept = _KEEPS_FORMS and addresses % _ALIGNMENT == 0
+    if kept and key in _FORMS:
+        _, form = _FORMS[key]
         form[(*grid, 1)](*described, *tensors, *sizes, *counts, *constants.values())
         return
     expected = tuple(kernel.arg_names[-len(constants) :])
     if tuple(constants) != expected:
         raise TypeError(f"{kernel.__name__} takes the constants {expected}, in this order, not {tuple(constants)}")
     form = kernel[grid](*described, *tensors, *sizes, *counts, **constants, num_warps=warps)
-    if aligned and form is not None:  # Triton's interpreter compiles nothing
-        _FORMS[key] = form
+    if kept and form is not None:  # Triton's interpreter compiles nothing
+        _FORMS[key] = kernel, form
