@@ -221,6 +221,25 @@ def test_tuning_moves_weights_of_the_understanding_expert(rounded, tuned, shows)
     shows("bagel", "tuned")
 
 
+def test_a_run_that_fails_goes_on_after_the_last_block_and_ends_with_the_same_bytes(source, tuned, tmp_path, shows):
+    prompts = tmp_path / "texts.txt"
+    prompts.write_text("\n".join(TEXTS), encoding="utf-8")
+    overrides = ["scheme.group_size=64", *TUNED, "calibration.dataset=null", f"calibration.prompts={prompts}"]
+    prepared = prepare(load_recipe(RECIPE, overrides), source)
+
+    def fail(step):
+        if step.stage == "tune" and step.done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(prepared, tmp_path / "out", on_progress=fail)
+    result = quantize(prepared, tmp_path / "out")
+    assert result.tuned.resumed == 1
+    for name in ("ema.safetensors", "ae.safetensors"):
+        assert (result.output / name).read_bytes() == (tuned[0] / name).read_bytes()
+    shows("bagel", "resume")
+
+
 @torch.no_grad()
 def test_calibration_sees_the_normed_queries_and_keys(source, tuned):
     from transformers import AutoTokenizer, Qwen2ForCausalLM
