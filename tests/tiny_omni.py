@@ -252,3 +252,15 @@ def _shake(model: torch.nn.Module) -> None:
 def _edit(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2))
+
+
+def packed_qwen2_5_omni(home):
+    """Make a tiny model with two heads of keys, round it to 4 bit in groups of 32, and return its folder."""
+    from quantkit.quantize.run import prepare, quantize
+    from quantkit.recipe import load_recipe
+
+    recipe = home / "recipe.yaml"
+    scheme = {"group_size": 32, "iters": 0, "nsamples": 2, "batch_size": 1}
+    recipe.write_text(json.dumps({"version": 1, "model": {"id": "omni", "task": "chat"}, "scheme": scheme}))
+    source = build_qwen2_5_omni(home / "bf16", kv_heads=2)
+    return quantize(prepare(load_recipe(recipe), source), home / "w4").output

@@ -3,17 +3,14 @@
 In float32, where the sums of two ranks give the same tokens; it shows that what ranks exchange is right.
 """
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 import serving
 import torch
-from tiny_omni import build_qwen2_5_omni
+from tiny_omni import packed_qwen2_5_omni
 
-from quantkit.quantize.run import prepare, quantize
-from quantkit.recipe import load_recipe
 from quantkit_runtime.server.protocol import ModelSpec
 from quantkit_runtime.server.settings import Settings
 
@@ -32,12 +29,7 @@ def device():
 @pytest.fixture(scope="module")
 def folder(device, tmp_path_factory):
     del device
-    home = tmp_path_factory.mktemp("omni")
-    recipe = home / "recipe.yaml"
-    scheme = {"group_size": 32, "iters": 0, "nsamples": 2, "batch_size": 1}
-    recipe.write_text(json.dumps({"version": 1, "model": {"id": "omni", "task": "chat"}, "scheme": scheme}))
-    source = build_qwen2_5_omni(home / "bf16", kv_heads=2)
-    return quantize(prepare(load_recipe(recipe), source), home / "w4").output
+    return packed_qwen2_5_omni(tmp_path_factory.mktemp("omni"))
 
 
 def answers(folder, device, ranks, state):

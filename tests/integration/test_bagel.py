@@ -14,6 +14,7 @@ import pytest
 import serving
 import tiny_bagel
 import torch
+from interrupted import interrupted_and_resumed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -226,15 +227,7 @@ def test_a_run_that_fails_goes_on_after_the_last_block_and_ends_with_the_same_by
     prompts.write_text("\n".join(TEXTS), encoding="utf-8")
     overrides = ["scheme.group_size=64", *TUNED, "calibration.dataset=null", f"calibration.prompts={prompts}"]
     prepared = prepare(load_recipe(RECIPE, overrides), source)
-
-    def fail(step):
-        if step.stage == "tune" and step.done == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(prepared, tmp_path / "out", on_progress=fail)
-    result = quantize(prepared, tmp_path / "out")
-    assert result.tuned.resumed == 1
+    result = interrupted_and_resumed(prepared, tmp_path / "out")
     for name in ("ema.safetensors", "ae.safetensors"):
         assert (result.output / name).read_bytes() == (tuned[0] / name).read_bytes()
     shows("bagel", "resume")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted import interrupted_and_resumed
 
 from quantkit.checkpoint import open_model
 from quantkit.errors import QuantizationError, RecipeError
@@ -361,14 +362,7 @@ def test_a_run_killed_in_the_second_expert_goes_on_there(quantized, prepared, tm
 
 @pytest.mark.parametrize("model", [model for model in CASES if model != "wan_t2v"])
 def test_a_run_that_fails_goes_on_after_the_last_block(quantized, prepared, tmp_path, model, shows):
-    def fail(step):
-        if step.stage == "tune" and step.done == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(prepared(model, *TUNED), tmp_path / "out", on_progress=fail)
-    resumed = quantize(prepared(model, *TUNED), tmp_path / "out")
-    assert resumed.tuned.resumed == 1
+    resumed = interrupted_and_resumed(prepared(model, *TUNED), tmp_path / "out")
     uninterrupted = quantized(model, *TUNED).output
     weights = [path.relative_to(resumed.output) for path in resumed.output.rglob("*.safetensors")]
     assert weights

@@ -11,6 +11,7 @@ import pytest
 import servability_peer
 import tiny_omni
 import torch
+from interrupted import interrupted_and_resumed
 from PIL import Image
 
 import quantkit_runtime
@@ -396,15 +397,7 @@ def test_a_run_that_fails_goes_on_after_the_last_block_and_ends_with_the_same_by
 ):
     keep = 'layers.exclude=["thinker.model.layers.1.self_attn.o_proj"]'
     prepared = prepare(load_recipe(run.recipe, ("scheme.iters=4", keep)), models[family])
-
-    def fail(step):
-        if step.stage == "tune" and step.done == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(prepared, tmp_path / "out", on_progress=fail)
-    result = quantize(prepared, tmp_path / "out")
-    assert result.tuned.resumed == 1
+    result = interrupted_and_resumed(prepared, tmp_path / "out")
     weights = sorted(path.name for path in result.output.glob("*.safetensors"))
     assert weights
     for name in weights:

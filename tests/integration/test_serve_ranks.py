@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import os
 import signal
 import threading
@@ -13,10 +12,8 @@ import openai
 import pytest
 import serving
 import torch
-from tiny_omni import build_qwen2_5_omni
+from tiny_omni import packed_qwen2_5_omni
 
-from quantkit.quantize.run import prepare, quantize
-from quantkit.recipe import load_recipe
 from quantkit_runtime import load_model
 from quantkit_runtime.errors import ParallelError
 from quantkit_runtime.server.models import chat
@@ -34,12 +31,7 @@ PENALTY = {"repetition_penalty": 1.5}  # keeps random weights from writing one t
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    home = tmp_path_factory.mktemp("omni")
-    recipe = home / "recipe.yaml"
-    scheme = {"group_size": 32, "iters": 0, "nsamples": 2, "batch_size": 1}
-    recipe.write_text(json.dumps({"version": 1, "model": {"id": "omni", "task": "chat"}, "scheme": scheme}))
-    source = build_qwen2_5_omni(home / "bf16", kv_heads=2)
-    return quantize(prepare(load_recipe(recipe), source), home / "w4").output
+    return packed_qwen2_5_omni(tmp_path_factory.mktemp("omni"))
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,14 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
 import hopper_plans
 from quantkit_runtime.kernels.hopper_launch import STAGES, Model, plans
 
+MEASURED = Path(__file__).parents[2] / "docs" / "results" / "hopper-plans-h200.json"
 MODEL = Model(
     {64: 0.4, 128: 0.9, 256: 1.5}, {64: 2.0, 128: 3.0, 256: 5.0}, {64: 0.5, 128: 1.0, 256: 2.0}, 6.0, 1.07
 )
@@ -43,6 +45,13 @@ def test_a_model_of_noisy_times_chooses_nearly_the_best_plans_and_another_cards_
     fitted, other = (hopper_plans.regret(rows, model) for model in (hopper_plans.fitted(rows), hopper_plans.MODEL))
     assert sum(fitted) < sum(other)
     assert max(fitted) < 0.12
+
+
+def test_the_model_in_use_chooses_nearly_the_best_of_the_plans_that_were_measured():
+    rows = json.loads(MEASURED.read_text())["rows"]
+    regrets = hopper_plans.regret(rows, hopper_plans.MODEL)
+    assert sum(regrets) / len(regrets) < 0.01
+    assert max(regrets) < 0.1
 
 
 def test_an_earlier_run_is_fitted_again_without_the_card(tmp_path, capsys):

@@ -79,7 +79,7 @@ class Model:
         return (own + share) * self.tile_us[block] + parts * self.part_us[block] + adding_us
 
 
-# Of an H200, fitted by eval/perf/hopper_plans.py to 188 plans for four layers and 64 to 4608 rows.
+# Of an H200: eval/perf/hopper_plans.py --fit docs/results/hopper-plans-h200.json, four layers, 64 to 4608 rows.
 MODEL = Model(
     tile_us={64: 0.509, 128: 0.726, 256: 1.238},
     part_us={64: 3.16, 128: 2.54, 256: 4.51},
