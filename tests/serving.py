@@ -236,7 +236,8 @@ def running(settings, *, wait=True):
     from quantkit_runtime.server.run import Server, bind
 
     # The engines find this module by its name.
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    found = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(found))
     server = Server(settings)
     context = server.context
     loop = asyncio.new_event_loop()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,12 @@ import random_weights
 from measuring import Budget, Column, Report
 from quantkit_runtime import W4A16Linear
 from quantkit_runtime.format import dequantize
+from quantkit_runtime.graphs import CudaGraph, record_calls
 
 VARIANTS = {"bf16": None, "w4a16": "16bit", "fp8": "fp8"}
 """Compute mode of the packed layers, None where no layer is packed."""
-MODES = ("eager", "compiled")
+MODES = ("eager", "graph", "compiled", "compiled-graph")
+"""Whether blocks are compiled, and whether the call is recorded as a CUDA graph and replayed."""
 DTYPE = torch.bfloat16
 _ERROR_ROWS = (1, 16, 2048)
 _COMPARED_ROWS = 16
@@ -30,7 +33,7 @@ _COLUMNS = (
     Column("batch", "batch", width=6),
     Column("tokens", "tokens", width=8),
     Column("variant", "variant", width=9),
-    Column("mode", "mode", width=10),
+    Column("mode", "mode", width=16),
     Column("median_ms", "ms", ".1f", 9),
     Column("p10_ms", "10 %", ".1f", 9),
     Column("p90_ms", "90 %", ".1f", 9),
@@ -83,7 +86,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants", type=measuring.choices(*VARIANTS), default=list(VARIANTS), help="of bf16,w4a16,fp8"
     )
-    parser.add_argument("--modes", type=measuring.choices(*MODES), default=list(MODES), help="of eager,compiled")
+    parser.add_argument(
+        "--modes", type=measuring.choices(*MODES), default=list(MODES), help=f"of {','.join(MODES)}"
+    )
 
 
 @torch.no_grad()
@@ -116,8 +121,8 @@ def run(architecture: Architecture, cases: Sequence[Case], options: argparse.Nam
             "layer_errors": _layer_errors(architecture, model, device, options, budget),
         }
         budget.log(f"{variant}: {stored:.2f} GB, backends {', '.join(backends) or 'none'}")
-        for mode in options.modes:
-            if mode == "compiled":
+        for mode in sorted(options.modes, key=MODES.index):
+            if mode == "compiled" or (mode == "compiled-graph" and "compiled" not in options.modes):
                 model.compile_repeated_blocks(fullgraph=True)
             for case in cases:
                 row = {
@@ -132,7 +137,11 @@ def run(architecture: Architecture, cases: Sequence[Case], options: argparse.Nam
                     continue
                 budget.log(f"{variant} {mode} {case.size}, batch {case.batch}")
                 try:
-                    measured = _measure(model, case, device, options, outputs, packed=compute is not None)
+                    recorded = mode.endswith("graph")
+                    with _recorded(model, device) if recorded else nullcontext():
+                        measured = _measure(
+                            model, case, device, options, outputs, packed=compute is not None, recorded=recorded
+                        )
                 except Exception as error:  # noqa: BLE001  a row that fails must not take the others with it
                     report.add({**row, "note": measuring.reason(error)})
                 else:
@@ -163,6 +172,17 @@ def _model(
     return model.to(device)
 
 
+@contextmanager
+def _recorded(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let the model run as a CUDA graph for a while."""
+    record_calls(model, type(model).__name__, functools.partial(CudaGraph, device, torch.cuda.graph_pool_handle()))
+    try:
+        yield
+    finally:
+        for name in ("forward", "_apply"):  # what the class defines shows again, and the recordings go
+            del vars(model)[name]
+
+
 def _measure(
     model: nn.Module,
     case: Case,
@@ -171,14 +191,18 @@ def _measure(
     outputs: dict[tuple[bool, Case], Tensor],
     *,
     packed: bool,
+    recorded: bool,
 ) -> dict[str, Any]:
     """Time a row; the difference is that to the first row of the same weights and inputs."""
     torch._dynamo.reset()  # else the next size would be compiled for sizes in general
     generator = torch.Generator(device).manual_seed(options.seed + 1)
     inputs = [case.inputs(generator) for _ in range(_INPUTS)]
     calls = [functools.partial(model, **each, return_dict=False) for each in inputs]
+    if recorded:  # which takes its memory once, with the second call
+        measuring.reset_peak(device)
     first_call_s = measuring.warm_up(calls, device)
-    measuring.reset_peak(device)
+    if not recorded:
+        measuring.reset_peak(device)
     timing = measuring.time_calls(calls, device, seconds=options.row_s)
     peak = measuring.peak_bytes(device)
     output = calls[0]()[0].float().cpu()

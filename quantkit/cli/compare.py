@@ -93,10 +93,7 @@ def command(
     dtype: options.Dtype = "bfloat16",
     compute: options.Compute = "auto",
     backend: options.Backend = "auto",
-    compile_blocks: Annotated[
-        bool,
-        typer.Option("--compile", help="Compile the repeated blocks of both models.", rich_help_panel=options.HOW),
-    ] = False,
+    compile_blocks: options.Compile = False,
     lpips_backbone: Annotated[
         Path | None,
         typer.Option(

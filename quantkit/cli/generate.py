@@ -70,6 +70,8 @@ def command(
     dtype: options.Dtype = "bfloat16",
     compute: options.Compute = "auto",
     backend: options.Backend = "auto",
+    compile_blocks: options.Compile = False,
+    cuda_graphs: options.CudaGraphs = False,
     cfg_parallel: Annotated[
         int,
         typer.Option(
@@ -128,6 +130,8 @@ def command(
             dtype=dtype,
             compute=compute,
             backend=backend,
+            compile=compile_blocks,
+            cuda_graphs=cuda_graphs,
             cfg_parallel=cfg_parallel,
             tensor_parallel=tensor_parallel,
             replicas=replicas,

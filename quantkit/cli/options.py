@@ -48,3 +48,13 @@ Compute = Annotated[
 Backend = Annotated[
     str, typer.Option("--backend", help="Kernels of packed layers: auto, or one by name.", rich_help_panel=HOW)
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="Compile the repeated blocks: quicker steps, a slow first.", rich_help_panel=HOW
+    ),
+]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option("--cuda-graphs", help="Record denoising steps and replay them.", rich_help_panel=HOW),
+]

@@ -43,6 +43,8 @@ class Request:
         dtype: One of `quantkit.execution.DTYPES`.
         compute: How packed layers compute: ``auto``, ``16bit`` or ``fp8``.
         backend: Kernel backend of packed layers.
+        compile: Compile the repeated blocks of the denoisers, or of the language model.
+        cuda_graphs: Record the denoisers' calls and replay them.
         cfg_parallel: 2 runs the two branches of guidance on two ranks, 1 does not.
         tensor_parallel: Ranks that share the weights of the denoiser.
         replicas: Ranks that generate each on their own, with seeds that follow one another; each output has its
@@ -60,6 +62,8 @@ class Request:
     dtype: str = "bfloat16"
     compute: str = "auto"
     backend: str = "auto"
+    compile: bool = False
+    cuda_graphs: bool = False
     cfg_parallel: int = 1
     tensor_parallel: int = 1
     replicas: int = 1
@@ -129,7 +133,9 @@ def prepare(request: Request) -> Job:
     if not request.any_size:
         check_extent(sampling, given_in(request.sampling))
     _check_inputs(request.prompt, family.name, family.task)
-    resolve_device(request.device)
+    device = resolve_device(request.device)
+    if request.cuda_graphs:
+        _check_recordable(request, family, device.type)
     resolve_dtype(request.dtype)
     check_choice(request.model, compute=request.compute, backend=request.backend)
     ranks = _count_ranks(request)
@@ -146,6 +152,15 @@ def prepare(request: Request) -> Job:
     for replica in range(request.replicas):
         _check_output(request, job.output_of(replica), family, tasks, sampling)
     return job
+
+
+def _check_recordable(request: Request, family: Family, device: str) -> None:
+    if family.task == "chat":
+        raise RecipeError("--cuda-graphs: an answer has no denoising steps to record; leave it out")
+    if device != "cuda":
+        raise RecipeError(f"--cuda-graphs: needs a CUDA device, not {device}; leave it out")
+    if request.tensor_parallel > 1:
+        raise RecipeError("--cuda-graphs: ranks that share weights are not recorded; leave out --tensor-parallel")
 
 
 def _count_ranks(request: Request) -> int:

@@ -123,6 +123,8 @@ def _draw(
         dtype=resolve_dtype(job.request.dtype),
         compute=job.request.compute,
         backend=job.request.backend,
+        compile=job.request.compile,
+        cuda_graphs=job.request.cuda_graphs,
         tensor_parallel=None if mesh is None else mesh["tensor"],
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -176,6 +178,7 @@ def _answer(
         dtype=resolve_dtype(job.request.dtype),
         compute=job.request.compute,
         backend=job.request.backend,
+        compile=job.request.compile,
         tensor_parallel=None if mesh is None else mesh["tensor"],
     )
     processor = family.load_processor(job.request.model)

@@ -36,6 +36,16 @@ def compile_pipeline(pipeline: Any, **options: Any) -> None:
     Raises:
         QuantkitRuntimeError: No component has repeated blocks.
     """
+    for name, denoiser in denoisers_of(pipeline, "compile").items():
+        _compile_blocks(denoiser, name, options)
+
+
+def denoisers_of(pipeline: Any, option: str) -> dict[str, nn.Module]:
+    """Return the components of a diffusers pipeline that are called in every step, by name.
+
+    Raises:
+        QuantkitRuntimeError: There is none that ``option``, of `load_pipeline`, could go to.
+    """
     denoisers = {
         name: component
         for name, component in pipeline.components.items()
@@ -44,11 +54,10 @@ def compile_pipeline(pipeline: Any, **options: Any) -> None:
     }
     if not denoisers:
         raise QuantkitRuntimeError(
-            f"compile: {type(pipeline).__name__} has no component whose class names its repeated blocks; load it "
-            "without compile"
+            f"{option}: {type(pipeline).__name__} has no component whose class names its repeated blocks; load it "
+            f"without {option}"
         )
-    for name, denoiser in denoisers.items():
-        _compile_blocks(denoiser, name, options)
+    return denoisers
 
 
 def compile_model(model: nn.Module, **options: Any) -> None:

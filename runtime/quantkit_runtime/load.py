@@ -25,6 +25,7 @@ from quantkit_runtime.choice import check_choice
 from quantkit_runtime.compilation import compile_model, compile_pipeline
 from quantkit_runtime.config import QuantizationConfig, quantization_of
 from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, ParallelError
+from quantkit_runtime.graphs import check_recordable, record_pipeline
 from quantkit_runtime.models.glm_image import split_pictures
 from quantkit_runtime.optional import import_optional
 from quantkit_runtime.parallel.plans import ENCODERS, has_plan
@@ -43,6 +44,7 @@ def load_pipeline(
     compute: str = "auto",
     backend: str = "auto",
     compile: bool = False,  # noqa: A002  (as diffusers and transformers call it)
+    cuda_graphs: bool = False,
     tensor_parallel: Any = None,
 ) -> Any:
     """Load a diffusers pipeline whose components may be packed.
@@ -55,6 +57,8 @@ def load_pipeline(
         backend: Of packed layers: ``"auto"`` or the name of one kernel backend.
         compile: Compile the repeated blocks of the denoisers with their first call, see
             :mod:`quantkit_runtime.compilation`; what is going on is logged as ``quantkit_runtime``.
+        cuda_graphs: Record the denoisers' calls, compiled or not, and replay them, see
+            :mod:`quantkit_runtime.graphs`.
         tensor_parallel: Ranks that share the weights of the denoiser, and of text encoders that can be, packed or
             not: a process group or a device mesh of one dimension. Every rank loads its part with the same call,
             and runs the pipeline through ``quantkit_runtime.parallel``.
@@ -68,9 +72,11 @@ def load_pipeline(
         BackendUnavailableError: Device, compute mode or backend are not available here, or the latter two have no
             packed layer to go to.
         MissingDependencyError: diffusers is not installed.
-        QuantkitRuntimeError: ``compile`` finds no repeated blocks.
+        QuantkitRuntimeError: ``compile`` finds no repeated blocks, or ``cuda_graphs`` no CUDA device.
     """
     target = available_device(device)
+    if cuda_graphs:
+        check_recordable(target, tensor_parallel)
     folder = local_folder(path)
     index_path = folder / "model_index.json"
     if (folder / "config.json").is_file() and is_own(read_json(folder / "config.json")):
@@ -79,7 +85,7 @@ def load_pipeline(
         model = load_model(
             folder, device=target, dtype=dtype, compute=compute, backend=backend, tensor_parallel=tensor_parallel
         )
-        return _ready(make(folder, model, dtype), target, compile=compile)
+        return _ready(make(folder, model, dtype), target, compile=compile, cuda_graphs=cuda_graphs)
     if not index_path.is_file():
         raise CheckpointFormatError(f"{index_path}: missing; give the root folder of a diffusers pipeline")
     check_choice(folder, compute=compute, backend=backend)
@@ -122,13 +128,15 @@ def load_pipeline(
     assert all(getattr(pipeline, name) is model for name, model in packed.items())
     if type(pipeline).__name__ == "GlmImagePipeline":
         split_pictures(pipeline.vision_language_encoder)
-    return _ready(pipeline, target, compile=compile)
+    return _ready(pipeline, target, compile=compile, cuda_graphs=cuda_graphs)
 
 
-def _ready(pipeline: Any, device: torch.device, *, compile: bool) -> Any:  # noqa: A002  (as above)
+def _ready(pipeline: Any, device: torch.device, *, compile: bool, cuda_graphs: bool) -> Any:  # noqa: A002
     pipeline.to(device)
     if compile:
         compile_pipeline(pipeline)
+    if cuda_graphs:
+        record_pipeline(pipeline)
     return pipeline
 
 

@@ -8,6 +8,7 @@ import tiny_bagel
 import torch
 import torch._dynamo.config
 import torch._dynamo.utils
+from tiny.chat import build_chat
 from typer.testing import CliRunner
 
 import quantkit.demo
@@ -16,6 +17,8 @@ from quantkit.compare.result import read_result
 from quantkit_runtime import W4A16Linear, compilation, load, load_model, load_pipeline
 from quantkit_runtime.compilation import compile_model, compile_pipeline
 from quantkit_runtime.errors import QuantkitRuntimeError
+from quantkit_runtime.server.models import diffusion, loader
+from quantkit_runtime.server.protocol import ChatRequest, Delta, ImageRequest, Message, ModelSpec, TextPart
 
 LAYERS = 9  # more than dynamo would compile one function for
 
@@ -151,3 +154,41 @@ def test_bagel_draws_the_same_compiled_however_many_layers_it_has(counters, tmp_
 def test_a_model_without_repeated_blocks_is_refused_in_one_line():
     with pytest.raises(QuantkitRuntimeError, match=r"CLIPTextModel: has no blocks of class .*DecoderLayer"):
         load_model(quantkit.demo.path() / "text_encoder", compile=True)
+
+
+def test_a_compiled_pipeline_is_served_warm_in_the_size_that_requests_have(tiny_model, monkeypatch, counters):
+    monkeypatch.setattr(load, "compile_pipeline", partial(compile_pipeline, backend="eager"))
+    model = diffusion.load(ModelSpec(path=str(tiny_model("ovis_image")), compile=True))
+    model.set_defaults({"width": 96, "height": 64})
+    model.warm_up()
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled > 0
+    options = {name: model.info.defaults[name] for name in ("max_sequence_length",) if name in model.info.defaults}
+    request = ImageRequest("a", "", (1,), 96, 64, {"num_inference_steps": 2, **options}, negative_prompt="")
+    model.run([request], lambda _step, _steps: None)
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+def test_a_compiled_chat_model_gives_the_same_answers_at_once(tmp_path, monkeypatch, counters):
+    folder = str(build_chat(tmp_path / "chat"))
+    monkeypatch.setattr(load, "compile_model", partial(compile_model, backend="eager"))
+    answers = []
+    for compiled in (False, True):
+        model = loader.load(ModelSpec(path=folder, dtype="float32", compile=compiled))
+        for words in (1, 2, 3):
+            messages = (Message("user", (TextPart("red " * words),)),)
+            model.admit(ChatRequest(str(words), messages, max_tokens=8, temperature=0))
+        texts = dict.fromkeys("123", "")
+        while model.active:
+            for event in model.step():
+                if isinstance(event, Delta):
+                    texts[event.id] += event.text
+        answers.append(texts)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert answers[0] == answers[1]
+
+
+def test_recorded_steps_are_for_models_that_draw(tmp_path):
+    folder = str(build_chat(tmp_path / "chat"))
+    with pytest.raises(QuantkitRuntimeError, match=r"--cuda-graphs: .* is a chat model, which has no denoising"):
+        loader.load(ModelSpec(path=folder, cuda_graphs=True))

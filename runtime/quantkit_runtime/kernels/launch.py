@@ -85,7 +85,7 @@ def multiply(
     ):
         return hopper_launch.multiply(x, tiles, scales, zeros, bias, counters, group)
     block, split = _plan(rows, out_features, tiles.shape[0], counters.numel(), multiprocessors(x.device))
-    shape = _SHAPES[block]
+    shape, early = _SHAPES[block], _starts_early(x.device)
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     partial = torch.empty(split * rows * out_features if split > 1 else 0, dtype=torch.float32, device=x.device)
     run_kernel(
@@ -100,9 +100,9 @@ def multiply(
         {
             "GROUP": group, "ASYM": zeros is not None, "BIAS": bias is not None,
             "EVEN_N": out_features % PART == 0, "EVEN_K": in_features % TILE == 0, "BM": block, "BN": PART,
-            "SPLIT": split, "STAGES": shape.stages, "PTX": _takes_ptx(x),
+            "SPLIT": split, "STAGES": shape.stages, "PTX": _takes_ptx(x), "EARLY": early,
         },
-        warps=shape.warps,
+        warps=shape.warps, early=early,
     )  # fmt: skip
     return out
 
@@ -207,6 +207,14 @@ def multiply_experts(
         warps=min(shape.warps, 4),
     )  # fmt: skip
     return out
+
+
+@lru_cache
+def _starts_early(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one before it has ended; NVIDIA's can from Hopper on."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _takes_ptx(x: Tensor) -> bool:

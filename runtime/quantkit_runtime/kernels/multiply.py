@@ -106,8 +106,11 @@ def multiply_kernel(
     x_ptr, tiles_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr, N, K, M,
     GROUP: tl.constexpr, ASYM: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compute out (M, N) = x (M, K) @ W.T + bias; program (part of M and N, part of K).
+
+    EARLY: it was launched before the kernel before it has ended, for which it waits; what follows may do the same.
 
     With SPLIT > 1 every program leaves its part in ``partial`` (SPLIT, M, N) float32, and the last one to arrive,
     by ``counter`` (parts,) int32, adds them up in a fixed order. It leaves the counter at 0, as it was.
@@ -120,6 +123,9 @@ def multiply_kernel(
     tiles = tl.cdiv(K, 128)
     share = tl.cdiv(tiles, SPLIT)
     first = split * share
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     # Rows beyond the last are copies of the first ones, and not stored: cheaper than masks.
     acc = _accumulate(
         x_ptr + m % M * K, tiles_ptr, scales_ptr, zeros_ptr, n, N, K, first,

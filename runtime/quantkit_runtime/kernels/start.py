@@ -22,7 +22,7 @@ _KEEPS_FORMS = torch.version.hip is None
 
 def run_kernel(
     kernel: Any, grid: tuple[int, int], tensors: Sequence[Tensor], sizes: Sequence[int], counts: Sequence[int],
-    constants: Mapping[str, Any], *, warps: int, described: Sequence[Any] = (),
+    constants: Mapping[str, Any], *, warps: int, described: Sequence[Any] = (), early: bool = False,
 ) -> None:  # fmt: skip
     """Launch a kernel on the current device, which is that of the tensors, and its current stream.
 
@@ -35,6 +35,8 @@ def run_kernel(
         constants: Names and values of the ``constexpr`` parameters.
         warps: Of a program.
         described: Descriptors of tensors, whose dtypes follow from the other arguments.
+        early: Launch it while the kernel before it still works, for which it then waits itself; one of the
+            constants says so, too.
     """
     addresses = 0
     for tensor in tensors:
@@ -51,6 +53,7 @@ def run_kernel(
     expected = tuple(kernel.arg_names[-len(constants) :])
     if tuple(constants) != expected:
         raise TypeError(f"{kernel.__name__} takes the constants {expected}, in this order, not {tuple(constants)}")
-    form = kernel[grid](*described, *tensors, *sizes, *counts, **constants, num_warps=warps)
+    options = {"num_warps": warps} | ({"launch_pdl": True} if early else {})
+    form = kernel[grid](*described, *tensors, *sizes, *counts, **constants, **options)
     if kept and form is not None:  # Triton's interpreter compiles nothing
         _FORMS[key] = kernel, form

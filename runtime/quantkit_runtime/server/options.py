@@ -35,6 +35,8 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--dtype", default="bfloat16", choices=_DTYPES)
     parser.add_argument("--compute", default="auto", help="16bit, fp8 or auto")
     parser.add_argument("--backend", default="auto", help="kernels of packed layers")
+    parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
+    parser.add_argument("--cuda-graphs", action="store_true", help="record denoising steps and replay them")
     parser.add_argument("--cfg-parallel", type=int, default=1, choices=[1, 2], help="ranks for guidance")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share the weights")
     parser.add_argument(
@@ -65,6 +67,8 @@ def parse(arguments: list[str]) -> Settings:
         dtype=given.dtype,
         compute=given.compute,
         backend=given.backend,
+        compile=given.compile,
+        cuda_graphs=given.cuda_graphs,
         cfg_parallel=given.cfg_parallel,
         tensor_parallel=given.tensor_parallel,
         exact=given.exact,
@@ -121,6 +125,10 @@ def make_settings(models: list[tuple[str, str]], loading: ModelSpec, **server: A
         from quantkit_runtime.load import available_device
 
         available_device(device)
+    if loading.cuda_graphs and not device.startswith("cuda"):
+        raise SettingsError(f"--cuda-graphs: needs a CUDA device, not {device}; leave it out")
+    if loading.cuda_graphs and loading.tensor_parallel > 1:
+        raise SettingsError("--cuda-graphs: ranks that share weights are not recorded; leave out --tensor-parallel")
     loading = dataclasses.replace(loading, device=device)
     unpacked = _unpacked(models, loading)
     plain = dataclasses.replace(loading, compute="auto", backend="auto")

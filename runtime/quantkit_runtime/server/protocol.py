@@ -24,6 +24,8 @@ class ModelSpec:
         dtype: Name of a torch dtype, such as ``bfloat16``.
         compute: As `load_pipeline` takes it.
         backend: As `load_pipeline` takes it.
+        compile: Likewise.
+        cuda_graphs: Likewise.
         cfg_parallel: Ranks that share the guidance branches: 1 or 2.
         tensor_parallel: Ranks that share each layer.
         max_batch: Pictures or chats that run together, where the model allows several; None is its own default.
@@ -38,6 +40,8 @@ class ModelSpec:
     dtype: str = "bfloat16"
     compute: str = "auto"
     backend: str = "auto"
+    compile: bool = False
+    cuda_graphs: bool = False
     cfg_parallel: int = 1
     tensor_parallel: int = 1
     max_batch: int | None = None

@@ -212,6 +212,7 @@ def test_an_id_that_could_forge_log_lines_is_replaced(serve):
         (["m", "--port", "70000"], "--port 70000: must be between 0 and 65535"),
         (["m", "--drain", "nan"], "--drain nan: must be a number of seconds"),
         (["m", "--drain", "-1"], "--drain -1: must be a number of seconds"),
+        (["m", "--cuda-graphs"], "--cuda-graphs: needs a CUDA device, not cpu; leave it out"),
         (["m", "--engine", "ray", "--target-requests", "0"], "--target-requests 0: must be a positive number"),
     ],
 )
@@ -232,9 +233,10 @@ def test_options_become_settings():
     settings = parse(["m", "--served-model-name", "n", "--port", "1", "--limit", "max_queue=3", "--limit",
                       "request_timeout_s=9",
                       "--default", "num_inference_steps=4", "--default", "negative_prompt=ugly",
-                      "--cfg-parallel", "2", "--device", "cpu", "--no-warm-up"])  # fmt: skip
+                      "--cfg-parallel", "2", "--device", "cpu", "--compile", "--no-warm-up"])  # fmt: skip
     [(name, spec)] = settings.models.items()
     assert (name, spec.path, spec.ranks, spec.warm_up) == ("n", "m", 2, False)
+    assert (spec.compile, spec.cuda_graphs) == (True, False)
     assert spec.defaults == {"num_inference_steps": 4, "negative_prompt": "ugly"}
     assert (settings.port, settings.limits.max_queue, settings.limits.request_timeout_s) == (1, 3, 9.0)
 

@@ -44,6 +44,11 @@ REFUSED = {
         RecipeError,
         r"^--width, --height: 100000 x 100000 are 10000000000 pixels; more than 4194304 are drawn with --any-size",
     ),
+    "a device that records nothing": (
+        {"cuda_graphs": True, "device": "cpu"},
+        RecipeError,
+        "--cuda-graphs: needs a CUDA device, not cpu; leave it out",
+    ),
     "device": ({"device": "cuda:9"}, RecipeError, "device: 'cuda:9' is not available here"),
     "dtype": ({"dtype": "int8"}, RecipeError, "dtype: 'int8' is unknown"),
     "compute": (

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quantkit_runtime.errors import ParallelError
+from quantkit_runtime.errors import ParallelError, QuantkitRuntimeError
 from quantkit_runtime.generation.batch import Batch, FinishReason, Piece
 from quantkit_runtime.generation.sampling import SamplingParams
 from quantkit_runtime.generation.speech import SAMPLE_RATE, Speaker, voices
@@ -63,6 +63,10 @@ def load(spec: ModelSpec) -> ChatModel:
             f"--cfg-parallel {spec.cfg_parallel}: {spec.path} is a chat model, which has no guidance to share; "
             "--tensor-parallel shares its weights"
         )
+    if spec.cuda_graphs:
+        raise QuantkitRuntimeError(
+            f"--cuda-graphs: {spec.path} is a chat model, which has no denoising steps to record; leave it out"
+        )
     device, mesh = place_of(spec)
     model = load_model(
         spec.path,
@@ -70,6 +74,7 @@ def load(spec: ModelSpec) -> ChatModel:
         dtype=getattr(torch, spec.dtype),
         compute=spec.compute,
         backend=spec.backend,
+        compile=spec.compile,
         tensor_parallel=None if mesh is None else mesh["tensor"],
     )
     return ChatModel(model, Reader(Path(spec.path)), max_batch=spec.max_batch, exact=spec.exact)

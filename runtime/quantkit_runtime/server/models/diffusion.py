@@ -28,6 +28,7 @@ OPTIONS = (
 
 _MAX_BATCH = 4
 _WARM_UP_PIXELS = 256
+_WARM_UP_FRAMES = 5
 
 
 def load(spec: ModelSpec) -> DiffusionModel:
@@ -36,7 +37,8 @@ def load(spec: ModelSpec) -> DiffusionModel:
     Raises:
         QuantkitRuntimeError: It cannot be loaded, or is no pipeline of pictures or videos.
     """
-    return DiffusionModel(*load_parallel(spec), spec.max_batch)
+    pipeline, call = load_parallel(spec)
+    return DiffusionModel(pipeline, call, spec.max_batch, warms_up_fully=spec.compile or spec.cuda_graphs)
 
 
 def load_parallel(spec: ModelSpec) -> tuple[Any, Any]:
@@ -56,6 +58,8 @@ def load_parallel(spec: ModelSpec) -> tuple[Any, Any]:
         dtype=getattr(torch, spec.dtype),
         compute=spec.compute,
         backend=spec.backend,
+        compile=spec.compile,
+        cuda_graphs=spec.cuda_graphs,
         tensor_parallel=None if mesh is None else mesh["tensor"],
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -73,14 +77,19 @@ class DiffusionModel(BatchModel):
         pipeline: The pipeline itself.
         call: What runs it: the pipeline, or `CfgParallel` of it.
         max_batch: Pictures in one call, if it can draw several; None is a default.
+        warms_up_fully: Warm up with the size that requests have by default, since it is compiled or recorded for
+            a size, instead of a small one.
 
     Raises:
         CheckpointFormatError: It takes no prompt, or reports no steps.
     """
 
-    def __init__(self, pipeline: Any, call: Any, max_batch: int | None = None) -> None:
+    def __init__(
+        self, pipeline: Any, call: Any, max_batch: int | None = None, *, warms_up_fully: bool = False
+    ) -> None:
         self.pipeline = pipeline
         self._call = call
+        self._warms_up_fully = warms_up_fully
         self._takes = inspect.signature(type(pipeline).__call__).parameters
         for needed in ("prompt", "callback_on_step_end", "generator", "height", "width"):
             if needed not in self._takes:
@@ -90,19 +99,23 @@ class DiffusionModel(BatchModel):
         self.info = self._describe(max_batch or _MAX_BATCH)
 
     def warm_up(self) -> None:
-        """Draw a small picture or video in two steps, with guidance where there is a negative prompt."""
+        """Draw a picture or video in two steps, with guidance where there is a negative prompt."""
         info = self.info
-        # Guidance, so that ranks that share it have something to share.
-        side = {name: _warm_up_size(info.defaults[name], info.size_multiple) for name in ("width", "height")}
+        side = {name: info.defaults[name] for name in ("width", "height")}
+        frames = info.defaults.get("num_frames", _WARM_UP_FRAMES)
+        if not self._warms_up_fully:
+            side = {name: _warm_up_size(pixels, info.size_multiple) for name, pixels in side.items()}
+            frames = _WARM_UP_FRAMES
         options = {name: info.defaults[name] for name in OPTIONS if name in info.defaults}
         options["num_inference_steps"] = 2
+        # Guidance, so that ranks that share it have something to share.
         if "true_cfg_scale" in info.parameters:
             options["true_cfg_scale"] = 2.0
         negative = "" if "negative_prompt" in info.parameters else None
         image = np.zeros((side["height"], side["width"], 3), np.uint8) if info.needs_image else None
         request: Request
         if "video" in info.kinds:
-            request = VideoRequest("warm-up", "", 0, **side, num_frames=5, fps=1, options=options,
+            request = VideoRequest("warm-up", "", 0, **side, num_frames=frames, fps=1, options=options,
                                    negative_prompt=negative, image=image)  # fmt: skip
         else:
             request = ImageRequest("warm-up", "", (0,), **side, options=options, negative_prompt=negative,
