@@ -272,7 +272,8 @@ def pack_folder(folder, blocks, group_size=32):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_modules_that_a_class_keeps_in_float32_stay_there_and_computed_buffers_are_right(tmp_path):
+@pytest.mark.parametrize("stored", [False, True], ids=["computed", "stored, too"])
+def test_modules_that_a_class_keeps_in_float32_stay_there_and_computed_buffers_are_right(tmp_path, stored):
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
@@ -289,15 +290,18 @@ def test_modules_that_a_class_keeps_in_float32_stay_there_and_computed_buffers_a
         rope_max_seq_len=32,
     ).save_pretrained(tmp_path)
     original = WanTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    computed = [name for name, _ in original.named_buffers() if name not in original.state_dict()]
+    assert computed
     pack_folder(tmp_path, "blocks")
+    if stored:  # as older versions of a library do, and with other values
+        [weights] = tmp_path.glob("*.safetensors")
+        save_file(load_file(weights) | {name: torch.full((2,), float("nan")) for name in computed}, weights)
     packed = load_model(tmp_path)
     assert isinstance(packed.blocks[0].ffn.net[2], W4A16Linear)
     dtypes = {name: parameter.dtype for name, parameter in original.named_parameters()}
     assert torch.float32 in dtypes.values()
     for name, parameter in packed.named_parameters():
         assert parameter.dtype == dtypes[name], name
-    computed = [name for name, _ in original.named_buffers() if name not in original.state_dict()]
-    assert computed
     for name in computed:
         assert torch.equal(packed.get_buffer(name), original.get_buffer(name)), name
         assert packed.get_buffer(name).dtype == original.get_buffer(name).dtype
