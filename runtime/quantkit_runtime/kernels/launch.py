@@ -20,7 +20,6 @@ from quantkit_runtime.kernels.device import multiprocessors
 from quantkit_runtime.kernels.start import run_kernel
 from quantkit_runtime.kernels.tiles import PART, TILE
 
-_MIN_TILES_PER_PROGRAM = 3
 _UNPACKED_AT_ONCE = 64
 _MAX_E4M3 = torch.finfo(torch.float8_e4m3fn).max
 
@@ -33,19 +32,22 @@ class _Shape:
         warps: Of a program.
         stages: Of loads, the one in use included.
         programs_per_multiprocessor: What sharing K among programs aims at.
+        least_tiles: Of a share of K.
         most_shares: Of K at most; the parts of many rows cost more to add up than they save.
     """
 
     warps: int
     stages: int
     programs_per_multiprocessor: float
+    least_tiles: int = 3
     most_shares: int = 8
 
 
-# What was fastest, or near it, on an H100 for 3072 x 3072 and 3072 x 12288 up to 32 rows, and 3072 x 3072 above.
+# Up to 16 rows what was fastest, or at most 13 % slower, on an H200 for layers of 2048 x 4096 to 5120 x 13824; for
+# more rows what was on an H100 for 3072 x 3072.
 _SHAPES = {
-    8: _Shape(2, 5, 1.5),
-    16: _Shape(2, 3, 1.5),
+    8: _Shape(2, 3, 3.6, least_tiles=2, most_shares=16),
+    16: _Shape(2, 3, 2.0, least_tiles=4),
     32: _Shape(4, 3, 2.9),
     64: _Shape(4, 3, 1.2, most_shares=4),
     128: _Shape(8, 3, 0.75, most_shares=4),
@@ -115,8 +117,9 @@ def _plan(rows: int, out_features: int, tiles: int, counters: int, multiprocesso
     programs = -(-rows // block) * -(-out_features // PART)
     if programs > counters:
         return block, 1
-    wanted = round(shape.programs_per_multiprocessor * multiprocessors / programs)
-    return block, max(1, min(wanted, tiles // _MIN_TILES_PER_PROGRAM, shape.most_shares))
+    wanted = shape.programs_per_multiprocessor * multiprocessors / programs
+    most = min(int(wanted), tiles // shape.least_tiles, shape.most_shares)
+    return block, 1 << (max(most, 1).bit_length() - 1)  # other numbers than powers of two are often far slower
 
 
 def unpack(
@@ -188,8 +191,7 @@ def multiply_experts(
     sorted_ = order.numel() > 0
     make = torch.zeros if sorted_ else torch.empty
     out = make(slots, out_features, dtype=x.dtype, device=x.device)
-    part = 32 if block_rows < 16 else 64
-    shape = _SHAPES[block_rows]
+    part, warps = _part_of_experts(expert.numel(), block_rows, out_features, multiprocessors(x.device))
     run_kernel(
         kernels.multiply_experts_kernel,
         (expert.numel(), -(-out_features // part)),
@@ -202,11 +204,24 @@ def multiply_experts(
         {
             "GROUP": group, "ASYM": zeros is not None, "GATED": gated, "WEIGHTED": weights is not None,
             "SORTED": sorted_, "EVEN_N": out_features % part == 0, "EVEN_K": in_features % TILE == 0,
-            "BM": block_rows, "BN": part, "STAGES": shape.stages, "PTX": _takes_ptx(x),
+            "BM": block_rows, "BN": part, "STAGES": _SHAPES[block_rows].stages, "PTX": _takes_ptx(x),
         },
-        warps=min(shape.warps, 4),
+        warps=warps,
     )  # fmt: skip
     return out
+
+
+def _part_of_experts(blocks: int, block_rows: int, out_features: int, multiprocessors: int) -> tuple[int, int]:
+    """Return the output features that a program computes for a block of slots, and its warps.
+
+    What was fastest up to 16 rows on an H200, for 128 experts of 2048 and 768 features and 1 to 256 tokens.
+    """
+    if block_rows > 16:
+        return 64, 4
+    part = PART
+    while part > 32 and blocks * -(-out_features // part) < multiprocessors:
+        part //= 2
+    return part, 1 if part == 32 else 2
 
 
 @lru_cache
