@@ -150,12 +150,14 @@ def _fill(
     expected = model.state_dict()
     packed = set(targets.values())
     ignored = _compile_any(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    computed = {name for name, _ in model.named_buffers()}.difference(expected)
     dtypes = _floating_dtypes(model, dtype)
     state: dict[str, Tensor] = {}
     for loaded in _read(files, names, targets, device, takes):
         name, tensor = loaded.name, loaded.tensor
         if name not in expected:
-            if ignored is not None and ignored.search(name):
+            # Older versions of a library stored what newer ones compute, such as Qwen2.5-Omni's inv_freq.
+            if name in computed or (ignored is not None and ignored.search(name)):
                 continue
             raise CheckpointFormatError(
                 f"{loaded.source}: has no place in {type(model).__name__}; the checkpoint belongs to another "
