@@ -8,9 +8,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from repeated_work import RepeatedWork
 
 from quantkit_runtime import load_model, load_pipeline
 from quantkit_runtime.errors import ParallelError
+from quantkit_runtime.graphs import record_calls
 from quantkit_runtime.parallel import make_mesh, parallel_call
 from quantkit_runtime.parallel.launch import joined
 from quantkit_runtime.parallel.tensor import group_of
@@ -99,7 +101,7 @@ def arguments_of(job):
 
 
 def prepared(job, mesh=None, device="cpu"):
-    """Load a job's pipeline; a step cache, context parallelism or compilation is turned on where it says so."""
+    """Load a job's pipeline; what its other keys name is turned on."""
     shared = None if mesh is None or job.get("ulysses") else mesh["tensor"]
     dtype = getattr(torch, job.get("dtype", "bfloat16"))
     pipe = load_pipeline(job["model"], device=device, dtype=dtype, tensor_parallel=shared)
@@ -108,6 +110,10 @@ def prepared(job, mesh=None, device="cpu"):
         split_tokens(pipe.transformer, job["mesh"])
     if mesh is not None and job.get("compile"):
         pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    if mesh is not None and job.get("recorded"):
+        for name in ("transformer", "transformer_2"):
+            if isinstance(denoiser := getattr(pipe, name, None), torch.nn.Module):
+                record_calls(denoiser, name, RepeatedWork)
     if job.get("step_cache"):
         from diffusers import FirstBlockCacheConfig
 

@@ -23,6 +23,8 @@ EQUAL = [
     {"name": "flux, equal prompts", "model": "flux", "kwargs": {**FLUX, "negative_prompt": FLUX["prompt"]}},
     {"name": "flux, slow rank", "model": "flux", "kwargs": FLUX, "callback": ["slow_rank", 1, 0.1]},
     {"name": "flux, step cache", "model": "flux", "kwargs": {**FLUX, "num_inference_steps": 12}, "step_cache": 0.2},
+    {"name": "flux, recorded", "model": "flux", "kwargs": FLUX, "recorded": True},
+    {"name": "wan, recorded", "model": "wan_t2v", "kwargs": EXPERTS, "recorded": True},
     {"name": "wan t2v", "model": "wan_t2v", "kwargs": EXPERTS},
     {"name": "wan i2v", "model": "wan_i2v", "kwargs": {**EXPERTS, "image": 32}},
     {"name": "wan ti2v", "model": "wan_ti2v", "kwargs": {**WAN, "height": 64, "width": 64}},
