@@ -52,6 +52,7 @@ _SOUNDS = {
     b"\xff\xf3": "mp3",
     b"\xff\xf2": "mp3",
 }
+_LEAST_RATE = 4_000  # speech has 8000; at one sample a second a small file becomes hours, in one piece
 # WAV and Ogg may hold any codec; only these are opened.
 _CODECS = (
     *("pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_f64le", "pcm_alaw", "pcm_mulaw"),
@@ -160,7 +161,7 @@ def decode_audio(data: bytes, limits: Limits, param: str, max_s: float | None = 
     if form is None:
         raise bad_request(f"{param}: is no WAV, MP3, FLAC or Ogg sound", param, "invalid_audio")
     parts: list[np.ndarray] = []
-    left = int((limits.max_audio_s if max_s is None else max_s) * SOUND_RATE)
+    left_s = limits.max_audio_s if max_s is None else max_s
     try:
         allowed = {"codec_whitelist": ",".join(_CODECS)}
         with av.open(io.BytesIO(data), format=form, options=allowed, metadata_errors="replace") as container:
@@ -171,16 +172,21 @@ def decode_audio(data: bytes, limits: Limits, param: str, max_s: float | None = 
             resampler = av.AudioResampler(format="flt", layout="mono", rate=SOUND_RATE)
             frames = container.decode(stream)
             for frame in frames:
-                for piece in resampler.resample(frame):
-                    parts.append(piece.to_ndarray().reshape(-1))
-                    left -= parts[-1].size
-                if left < 0:
+                if frame.sample_rate < _LEAST_RATE:
+                    raise bad_request(
+                        f"{param}: has {frame.sample_rate} samples a second; at least {_LEAST_RATE} are read here",
+                        param,
+                        "invalid_audio",
+                    )
+                left_s -= frame.samples / frame.sample_rate  # before it is resampled, which may take any memory
+                if left_s < 0:
                     raise ApiError(
                         413,
                         f"{param}: more than {limits.max_audio_s:g} s of sound in one request",
                         param=param,
                         code="audio_too_long",
                     )
+                parts += [piece.to_ndarray().reshape(-1) for piece in resampler.resample(frame)]
             parts += [piece.to_ndarray().reshape(-1) for piece in resampler.resample(None)]
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise bad_request(f"{param}: cannot be decoded ({error})", param, "invalid_audio") from None

@@ -109,6 +109,32 @@ def test_sounds_come_back_at_one_rate(form, rate):
     assert 0.4 < np.abs(samples).max() < 0.65
 
 
+def sound_of(samples, rate):
+    """Return a FLAC that declares any rate."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="flac") as container:
+        stream = container.add_stream("flac", rate=rate, layout="mono", options={"frame_size": "65535"})
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, samples), np.int16), format="s16", layout="mono")
+        frame.sample_rate = rate
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def test_a_sound_of_few_samples_a_second_is_refused_before_it_becomes_hours(monkeypatch):
+    monkeypatch.setattr(av, "AudioResampler", lambda **_options: None)  # what it resamples would fail
+    with pytest.raises(ApiError, match="1 samples a second") as caught:
+        decode_audio(sound_of(65_535, 1), LIMITS, "sound")
+    assert caught.value.code == "invalid_audio"
+
+
+def test_a_long_sound_is_refused_before_it_is_resampled(monkeypatch):
+    monkeypatch.setattr(av, "AudioResampler", lambda **_options: None)
+    with pytest.raises(ApiError) as caught:
+        decode_audio(sound_of(65_535, 8_000), LIMITS, "sound")
+    assert (caught.value.status, caught.value.code) == (413, "audio_too_long")
+
+
 MAGIC = (b"", b"\x89PNG\r\n\x1a\n", b"RIFF", b"OggS", b"ID3", b"fLaC", b"\xff\xd8")
 
 
