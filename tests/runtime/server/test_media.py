@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.media import decode_audio, decode_base64, decode_image, encode_mp4, encode_sound
@@ -55,6 +55,35 @@ def test_a_turned_photograph_is_turned_back():
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter to the right
     assert decode_image(saved("JPEG", exif=exif), LIMITS, "image").shape == (20, 10, 3)
+
+
+def exif_of(*tags):
+    """Return EXIF of tags as they are given: number, type, count, value."""
+    entries = b"".join(struct.pack("<HHI", *tag[:3]) + tag[3] for tag in tags)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("odd", [(0x0100, 11, 1, struct.pack("<f", 64.0)), (0x010E, 11, 1, struct.pack("<f", 1.0))])
+def test_odd_metadata_keeps_no_photograph_from_being_turned(odd):
+    turned = (0x0112, 3, 1, struct.pack("<I", 6))
+    data = saved("JPEG", exif=exif_of(*sorted([odd, turned])))
+    assert decode_image(data, LIMITS, "image").shape == (20, 10, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_as_pillow_does(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8)).save(buffer, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(buffer))
+    assert np.array_equal(decode_image(buffer.getvalue(), LIMITS, "image"), np.asarray(expected))
+
+
+def test_grey_of_16_bits_is_scaled():
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 256, 32_768, 65_535]], np.uint16)).save(buffer, "PNG")
+    assert decode_image(buffer.getvalue(), LIMITS, "image")[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 @pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "ICO"])
