@@ -195,6 +195,17 @@ def test_a_spoken_answer_has_the_same_text_and_sound_of_its_own(omni):
     assert results["a"].usage.completion_tokens == 12
 
 
+def test_an_answer_to_a_picture_and_a_sound_is_spoken(omni):
+    random = np.random.default_rng(0)
+    picture = ImagePart(random.integers(0, 255, (112, 168, 3), dtype=np.uint8))
+    sound = AudioPart(random.standard_normal(9000).astype(np.float32), 16_000)
+    messages = (Message("user", (picture, sound, TextPart("What is it?"))),)
+    spoken = ChatRequest("a", messages, 12, temperature=0.0, modalities=("text", "audio"))
+    texts, sounds, _ = _run(omni, spoken)
+    assert sounds["a"][0].size > 0
+    assert texts["a"] == _run(omni, ChatRequest("a", messages, 12, temperature=0.0))[0]["a"]
+
+
 def test_an_answer_too_short_to_be_spoken_is_an_answer_without_sound(omni):
     texts, sounds, results = _run(omni, _request("a", modalities=("text", "audio"), max_tokens=1), _request("b"))
     assert texts["a"] == _run(omni, _request("a", max_tokens=1))[0]["a"]

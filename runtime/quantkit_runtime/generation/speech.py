@@ -27,6 +27,7 @@ _CODES_PER_TOKEN = (
 )
 
 _LEAST_CODES = 2  # one that is heard, and the end; without any the models' decoders fail
+_THINKERS_OWN = ("pixel_values",)  # Qwen2.5-Omni would hand it to its talker, too, which refuses it
 
 
 class _NothingToSay(Exception):  # noqa: N818  (no error: the answer is complete without sound)
@@ -149,7 +150,10 @@ class Speaker:
         torch.manual_seed(self._params.seed if self._params.seed is not None else int(torch.seed() % 2**63))
         with torch.inference_mode(), contextlib.suppress(_NothingToSay):
             _, samples = model.generate(
-                **{name: value.to(device) for name, value in self._inputs.items()},
+                **{
+                    f"thinker_{name}" if name in _THINKERS_OWN else name: value.to(device)
+                    for name, value in self._inputs.items()
+                },
                 speaker=self._voice,
                 thinker_do_sample=False,
                 thinker_repetition_penalty=1.0,  # the sampler's own business
