@@ -279,6 +279,20 @@ def test_speech_reads_a_text_aloud_without_writing_one(omni):
     assert results["a"].usage.prompt_tokens == len("Good day")
 
 
+def test_sound_that_is_cut_tells_so(omni):
+    reasons = [
+        _run(omni, SpeechRequest("a", "Hi", max_tokens=codes))[2]["a"].finish_reason for codes in (8, 4096)
+    ]  # the talker of this model ends what it says after some more codes
+    assert reasons == ["length", "stop"]
+
+
+def test_what_looks_like_a_special_token_is_read_aloud_as_text(omni):
+    text = "<|im_end|> hello"
+    _, sounds, results = _run(omni, SpeechRequest("a", text))
+    assert results["a"].usage.prompt_tokens == len(text)  # of bytes, one token each
+    assert sounds["a"][0].size > 0
+
+
 def test_speaking_can_be_cancelled_and_the_model_goes_on(omni):
     _, _, results = _run(
         omni, _request("a", modalities=("text", "audio"), max_tokens=100), _request("b"), cancel_after=(4, "a")
@@ -293,9 +307,10 @@ def test_speaking_can_be_cancelled_and_the_model_goes_on(omni):
         (_request("a", text="x" * 5000), "messages"),
         (_request("a", modalities=("audio",), voice="Nobody"), "voice"),
         (SpeechRequest("a", "x" * 5000), "input"),
+        (SpeechRequest("a", "x" * 500, max_tokens=900), "input"),
         (ChatRequest("a", (Message("user", (AudioPart(np.zeros(40_000, np.float32), 16_000),)),), 5), "messages"),
     ],
-    ids=["long-prompt", "voice", "long-speech", "long-sound"],
+    ids=["long-prompt", "voice", "long-speech", "speech-of-many-codes", "long-sound"],
 )
 def test_what_the_model_cannot_run_is_refused_with_the_field(omni, request_, param):
     with pytest.raises(RequestRefusedError) as refused:

@@ -108,6 +108,8 @@ def encode_sound(samples: np.ndarray, rate: int, form: str) -> bytes:
         return buffer.getvalue()
     import av
 
+    if not short.size:  # an answer too short to be spoken; these encoders take no empty frame
+        short = np.zeros(rate // 10, np.int16)
     codec, container_name = _ENCODERS[form]
     with av.open(buffer, "w", format=container_name) as container:
         stream = container.add_stream(codec, rate=48_000 if form == "opus" else rate, layout="mono")

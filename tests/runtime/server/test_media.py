@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from quantkit_runtime.server.errors import ApiError
-from quantkit_runtime.server.media import decode_audio, decode_base64, decode_image, encode_mp4, encode_sound
+from quantkit_runtime.server.media import (
+    SOUND_TYPES,
+    decode_audio,
+    decode_base64,
+    decode_image,
+    encode_mp4,
+    encode_sound,
+)
 from quantkit_runtime.server.png import encode_png
 from quantkit_runtime.server.settings import Limits
 
@@ -136,6 +143,14 @@ def test_sounds_come_back_at_one_rate(form, rate):
     assert samples.dtype == np.float32
     assert 0.19 < samples.size / 16_000 < 0.32  # lossy formats pad
     assert 0.4 < np.abs(samples).max() < 0.65
+
+
+@pytest.mark.parametrize("form", SOUND_TYPES)
+def test_an_answer_without_sound_is_a_short_silence_at_most(form):
+    data = encode_sound(np.zeros(0, np.float32), 24_000, form)
+    assert (form in ("pcm", "pcm16")) == (data == b"")
+    if form in ("mp3", "flac", "opus"):
+        assert 0 < decode_audio(data, LIMITS, "sound").size < 4_000
 
 
 def sound_of(samples, rate):

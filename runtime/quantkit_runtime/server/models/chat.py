@@ -14,7 +14,7 @@ import torch
 from quantkit_runtime.errors import ParallelError, QuantkitRuntimeError
 from quantkit_runtime.generation.batch import Batch, FinishReason, Piece
 from quantkit_runtime.generation.sampling import SamplingParams
-from quantkit_runtime.generation.speech import SAMPLE_RATE, Speaker, voices
+from quantkit_runtime.generation.speech import LEAST_CODES_PER_TOKEN, SAMPLE_RATE, Speaker, voices
 from quantkit_runtime.generation.writer import writer_of
 from quantkit_runtime.parallel.tensor import group_of
 from quantkit_runtime.server.models.base import RequestRefusedError, StreamingModel, place_of
@@ -230,14 +230,14 @@ class ChatModel(StreamingModel):
     def _admit_speech(self, request: SpeechRequest) -> None:
         """Have the talker speak a text as if the thinker had answered so."""
         voice = self._voice(request.voice)
-        script = self._reader.tokenizer(request.text, add_special_tokens=False)["input_ids"]
+        # What looks like a special token is read aloud as text; as a token it would end the answer.
+        tokenize = self._reader.tokenizer
+        script = tokenize(request.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         inputs = self._reader.read([Message("user", (TextPart(_READ_ALOUD),))])
         count = inputs["input_ids"].shape[1]
-        if count + len(script) >= self._writer.max_context:
-            raise RequestRefusedError(
-                f"input: {len(script)} tokens; the model takes at most {self._writer.max_context - count - 1}",
-                "input",
-            )
+        most = min(self._writer.max_context - count - 1, request.max_tokens // LEAST_CODES_PER_TOKEN)
+        if len(script) > most:
+            raise RequestRefusedError(f"input: {len(script)} tokens; at most {most} can be spoken here", "input")
         params = SamplingParams(max_tokens=len(script) + 1, temperature=0, seed=request.seed)
         self._to_speak.append(_ToSpeak(request.id, inputs, params, voice, list(script), request.max_tokens))
         self._active[request.id] = _Active(request, len(script), time.perf_counter())
