@@ -9,7 +9,7 @@ from tiny.chat import build_chat, round_chat
 from tiny_omni import build_qwen2_5_omni, build_qwen3_omni
 
 from quantkit_runtime import load_model
-from quantkit_runtime.generation.batch import Batch
+from quantkit_runtime.generation.batch import Batch, write_greedily
 from quantkit_runtime.generation.sampling import Sampler, SamplingParams
 from quantkit_runtime.generation.text import TextStream
 from quantkit_runtime.generation.writer import writer_of
@@ -359,6 +359,84 @@ def test_logits_that_are_not_finite_end_that_answer_alone(omni, monkeypatch):
         results |= {event.id: event for event in omni.step() if not isinstance(event, Delta)}
     assert (results["a"].kind, results["a"].message) == ("internal", "the model's logits are not finite")
     assert results["b"].result.usage.completion_tokens == 12
+
+
+def test_what_a_failed_answer_left_in_the_cache_does_not_reach_the_one_that_takes_its_place(folders):
+    folder = folders("packed-llama")
+    model, reader = load_model(folder, dtype=torch.float32), Reader(folder)
+    texts = {"long": "word " * 60, "bad": "a b c d " * 20, "short": "hi"}
+    inputs = {key: reader.read((Message("user", (TextPart(text),)),)) for key, text in texts.items()}
+
+    def write(step_of_failure):
+        batch = Batch(writer_of(model, reader.tokenizer), reader.tokenizer, max_batch=4)
+        for key, one in inputs.items():
+            batch.add(key, one, SamplingParams(max_tokens=30, temperature=0))
+        written, step = {key: [] for key in inputs}, 0
+        while len(batch):
+            step += 1
+            row = [answer.key for answer in batch._running].index("bad") if step == step_of_failure else None
+
+            def overflow(_module, _inputs, output, row=row):
+                if row is not None:
+                    (output[0] if isinstance(output, tuple) else output)[row] = torch.inf
+
+            with model.model.layers[0].register_forward_hook(overflow):
+                for piece in batch.step():
+                    written[piece.key].append(piece.failure or piece.token)
+        return written
+
+    healthy, failed = write(None), write(8)
+    assert failed["bad"][-1] == "the model's logits are not finite"
+    assert [failed[key] for key in ("long", "short")] == [healthy[key] for key in ("long", "short")]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(torch.OutOfMemoryError("injected"), "out_of_memory"), (RuntimeError("x"), "internal")]
+)
+def test_a_prompt_that_cannot_be_read_ends_alone(omni, monkeypatch, error, kind):
+    read = omni._writer.read
+
+    def fail_if_long(inputs):
+        if inputs["input_ids"].shape[1] > 200:
+            raise error
+        return read(inputs)
+
+    monkeypatch.setattr(omni._writer, "read", fail_if_long)
+    omni.admit(_request("a", max_tokens=30))
+    for _ in range(3):
+        omni.step()
+    omni.admit(_request("b", text="word " * 100))
+    results = {}
+    while omni.active:
+        results |= {event.id: event for event in omni.step() if not isinstance(event, Delta)}
+    assert results["b"].kind == kind
+    assert results["a"].result.usage.completion_tokens == 30
+    monkeypatch.setattr(omni, "_is_shared", True)
+    omni.admit(_request("b", text="word " * 100))
+    with pytest.raises(type(error)):  # another rank may wait for this one
+        omni.step()
+    omni.reset()
+
+
+def test_a_speech_that_takes_too_much_memory_ends_alone(omni, monkeypatch):
+    def fail(**_):
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(omni._model.thinker, "generate", fail)
+    omni.admit(_request("a", modalities=("text", "audio")))
+    omni.admit(_request("b", max_tokens=30))
+    results = {}
+    while omni.active:
+        results |= {event.id: event for event in omni.step() if not isinstance(event, Delta)}
+    assert results["a"].kind == "out_of_memory"
+    assert results["b"].result.usage.completion_tokens == 30
+
+
+def test_one_answer_alone_raises_what_its_prompt_fails_with(omni, monkeypatch):
+    monkeypatch.setattr(omni._writer, "read", lambda _inputs: 1 / 0)
+    inputs = omni._reader.read((Message("user", (TextPart("Hello"),)),))
+    with pytest.raises(ZeroDivisionError):
+        next(write_greedily(omni._writer, omni._reader.tokenizer, inputs, 3))
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ class Piece:
         text: What is certain of the text by now and was not before; may be empty.
         finish_reason: Why the answer ends here, as OpenAI calls it; None if it goes on.
         failure: Why it ends without having been written; then there is no token.
+        error: What was raised while its prompt was read, if that is why.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Piece:
     text: str
     finish_reason: FinishReason | None
     failure: str | None = None
+    error: Exception | None = None
 
     @property
     def is_last(self) -> bool:
@@ -138,12 +140,16 @@ class Batch:
         return pieces
 
     def _read(self, answer: _Answer) -> Piece:
-        """Read a prompt and write the first token."""
-        read = self._writer.read(answer.inputs)
-        answer.position_shift, answer.inputs = read.position_shift, {}
-        piece = self._take(answer, read.logits_V)
+        """Read a prompt and write the first token; what fails here concerns this answer alone."""
+        try:
+            read = self._writer.read(answer.inputs)
+            answer.position_shift, answer.inputs = read.position_shift, {}
+            piece = self._take(answer, read.logits_V)
+            if not piece.is_last:
+                self._cache.append(read.cache)
+        except Exception as error:  # noqa: BLE001  (it is in the piece)
+            return Piece(answer.key, -1, "", None, failure=f"{type(error).__name__} in its prompt", error=error)
         if not piece.is_last:
-            self._cache.append(read.cache)
             self._running.append(answer)
         return piece
 
@@ -154,7 +160,7 @@ class Batch:
         pieces = [self._take(answer, row) for answer, row in zip(self._running, logits_BV, strict=True)]
         for row in reversed(range(count)):
             if pieces[row].is_last:
-                self._remove(row)
+                self._remove(row, is_damaged=pieces[row].failure is not None)
         return pieces
 
     def _forward(self, first: int, count: int) -> Tensor:
@@ -186,8 +192,8 @@ class Batch:
                 reason = "stop"
         return Piece(answer.key, answer.token, text, reason)
 
-    def _remove(self, row: int) -> None:
-        self._cache.remove(row)
+    def _remove(self, row: int, *, is_damaged: bool = False) -> None:
+        self._cache.remove(row, is_damaged=is_damaged)
         last = self._running.pop()
         if row < len(self._running):
             self._running[row] = last
@@ -209,4 +215,7 @@ def write_greedily(writer: Writer, tokenizer: Any, inputs: Inputs, max_tokens: i
 
 def _pieces(batch: Batch) -> Iterator[Piece]:
     while len(batch):
-        yield from batch.step()
+        for piece in batch.step():
+            if piece.error is not None:
+                raise piece.error
+            yield piece

@@ -43,9 +43,18 @@ class SlotCache:
         self.lengths.append(length)
         return row
 
-    def remove(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
+    def remove(self, row: int, *, is_damaged: bool = False) -> None:
+        """Forget a row; the last one takes its place.
+
+        Args:
+            row: Which.
+            is_damaged: Whether it may hold what is not finite, of which nothing may be left: masked values are
+                multiplied by zero, and what is not finite stays so.
+        """
         last = len(self.lengths) - 1
+        if is_damaged:
+            for tensor in (*self._keys, *self._values):
+                tensor[row] = 0
         if row != last:
             length = self.lengths[last]
             for tensor in (*self._keys, *self._values):
