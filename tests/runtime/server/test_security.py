@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from urllib.parse import unquote
 
 import httpx2
 import pytest
@@ -270,6 +271,22 @@ def test_several_models_are_told_apart_by_name(serve):
     assert client.post(serving.IMAGES, json={**ONE, "model": "images"}).status_code == 200
     assert client.post(serving.IMAGES, json={**ONE, "model": "chat"}).status_code == 400
     assert isinstance(client, httpx2.Client)
+
+
+def test_a_name_that_no_header_can_hold_is_told_as_in_a_url(settings):
+    names = {"绘": "images", "视": "videos", "聊": "chat"}
+    with serving.running(settings(models={name: serving.spec(kind) for name, kind in names.items()})) as server:
+        with httpx2.Client(base_url=server.url, timeout=30) as client:
+            answers = [
+                client.post("/v1/images/generations", json={"model": "绘", "prompt": "x"}),
+                client.post("/v1/videos/sync", files={"model": (None, "视"), "prompt": (None, "x")}),
+                client.post(
+                    "/v1/chat/completions", json={"model": "聊", "messages": [{"role": "user", "content": "x"}]}
+                ),
+                client.post("/v1/audio/speech", json={"model": "聊", "input": "x"}),
+            ]
+            assert [answer.status_code for answer in answers] == [200] * 4
+            assert [unquote(answer.headers["x-model"]) for answer in answers] == ["绘", "视", "聊", "聊"]
 
 
 def test_traces_that_are_asked_for_and_cannot_be_sent_are_an_error(monkeypatch):

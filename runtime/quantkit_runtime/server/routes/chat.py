@@ -34,6 +34,7 @@ from quantkit_runtime.server.routes.common import (
     context_of,
     errors,
     first_of,
+    model_header,
     new_id,
     sse,
     unless_gone,
@@ -100,7 +101,7 @@ async def _completion(
         choices=[Choice(message=message, finish_reason=finished.result.finish_reason)],
         usage=_usage(finished.result.usage),
     )
-    headers = {"X-Model": deployment.name, "X-Inference-Time-S": f"{finished.seconds:.3f}"}
+    headers = model_header(deployment.name) | {"X-Inference-Time-S": f"{finished.seconds:.3f}"}
     return JSONResponse(completion.model_dump(exclude_none=False), headers=headers)
 
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+from urllib.parse import quote
 
 from fastapi import Request
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Events = AsyncGenerator[Progress | Delta | Finished]
 
+_IN_HEADERS = "".join(map(chr, range(32, 127))).replace("%", "")
 _MEANINGS = {
     400: "A field is wrong; param names it",
     401: "No API key, or a wrong one",
@@ -120,10 +122,15 @@ def ask(request: Request, deployment: Deployment, asked: Asked, user: str | None
     return scheduler.follow(scheduler.submit(asked, client_of(request, user), timeout_s=timeout_s))
 
 
+def model_header(name: str) -> dict[str, str]:
+    """Return the header that tells the model; what no header can hold, as in a URL."""
+    return {"X-Model": quote(name, safe=_IN_HEADERS)}
+
+
 def cost_headers(deployment: Deployment, finished: Finished, ticket: Ticket) -> dict[str, str]:
     """Return headers that tell what made an answer, and what that took."""
     return {
-        "X-Model": deployment.name,
+        **model_header(deployment.name),
         "X-Inference-Time-S": f"{finished.seconds:.3f}",
         "X-Queue-Time-S": f"{ticket.wait_s or 0:.3f}",
         "X-Peak-Memory-MB": f"{finished.peak_memory_bytes / 2**20:.0f}",

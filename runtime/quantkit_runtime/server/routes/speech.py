@@ -14,7 +14,16 @@ from quantkit_runtime.server.conversation import speech_request
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.media import SOUND_TYPES, encode_sound
 from quantkit_runtime.server.protocol import Answer, Delta, Finished
-from quantkit_runtime.server.routes.common import OF_RUNS, Events, ask, context_of, errors, new_id, unless_gone
+from quantkit_runtime.server.routes.common import (
+    OF_RUNS,
+    Events,
+    ask,
+    context_of,
+    errors,
+    model_header,
+    new_id,
+    unless_gone,
+)
 
 if TYPE_CHECKING:
     from quantkit_runtime.server.deployment import Deployment
@@ -50,7 +59,7 @@ async def _sound(events: Events, body: SpeechBody, deployment: Deployment) -> Re
         raise ApiError(500, "the model made no sound", code="internal_error")
     data = await asyncio.to_thread(encode_sound, np.concatenate(pieces), rate, body.response_format)
     headers = {
-        "X-Model": deployment.name,
+        **model_header(deployment.name),
         "X-Inference-Time-S": f"{seconds:.3f}",
         "X-Sample-Rate": str(rate),
         "X-Finish-Reason": reason,

@@ -18,6 +18,7 @@ from quantkit_runtime.server.routes.common import (
     context_of,
     cost_headers,
     errors,
+    model_header,
     new_id,
     owner_of,
     unless_gone,
@@ -94,7 +95,7 @@ async def content(
     del variant  # the only one
     jobs = context_of(request).jobs
     job = await jobs.get(video_id, owner_of(request))
-    return Response(await jobs.content(job), media_type="video/mp4", headers={"X-Model": job.model})
+    return Response(await jobs.content(job), media_type="video/mp4", headers=model_header(job.model))
 
 
 @router.delete("/{video_id}", response_model=VideoDeleted, responses=errors(404, 503))
