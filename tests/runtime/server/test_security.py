@@ -63,7 +63,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("QUANTKIT_API_KEY", "of-environment")
     assert read_api_keys(None) == ("of-environment",)
     file = tmp_path / "keys"
-    file.write_text("one\ntwo\n\n")
+    file.write_text("# of the page\none\r\n  two \n\n")
     assert read_api_keys(file) == ("one", "two")
     assert parse(["model", "--host", "0.0.0.0", "--api-key-file", str(file), "--device", "cpu"]).api_keys == (
         "one",
@@ -74,6 +74,17 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
         read_api_keys(file)
     with pytest.raises(SettingsError, match="cannot be read"):
         read_api_keys(tmp_path / "missing")
+
+
+def test_a_line_of_several_words_is_no_key_and_is_not_repeated(tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    file.write_text("one\nalice s3cret\n")
+    with pytest.raises(SettingsError, match="line 2 holds white space") as caught:
+        read_api_keys(file)
+    assert "s3cret" not in str(caught.value)
+    monkeypatch.setenv("QUANTKIT_API_KEY", "alice s3cret")
+    with pytest.raises(SettingsError, match="QUANTKIT_API_KEY"):
+        read_api_keys(None)
 
 
 @pytest.mark.parametrize(
@@ -274,19 +285,20 @@ def test_several_models_are_told_apart_by_name(serve):
 
 
 def test_a_name_that_no_header_can_hold_is_told_as_in_a_url(settings):
-    names = {"绘": "images", "视": "videos", "聊": "chat"}
-    with serving.running(settings(models={name: serving.spec(kind) for name, kind in names.items()})) as server:
-        with httpx2.Client(base_url=server.url, timeout=30) as client:
-            answers = [
-                client.post("/v1/images/generations", json={"model": "绘", "prompt": "x"}),
-                client.post("/v1/videos/sync", files={"model": (None, "视"), "prompt": (None, "x")}),
-                client.post(
-                    "/v1/chat/completions", json={"model": "聊", "messages": [{"role": "user", "content": "x"}]}
-                ),
-                client.post("/v1/audio/speech", json={"model": "聊", "input": "x"}),
-            ]
-            assert [answer.status_code for answer in answers] == [200] * 4
-            assert [unquote(answer.headers["x-model"]) for answer in answers] == ["绘", "视", "聊", "聊"]
+    models = {"绘": serving.spec("images"), "视": serving.spec("videos"), "聊": serving.spec("chat")}
+    messages = [{"role": "user", "content": "x"}]
+    with (
+        serving.running(settings(models=models)) as server,
+        httpx2.Client(base_url=server.url, timeout=30) as client,
+    ):
+        answers = [
+            client.post("/v1/images/generations", json={"model": "绘", "prompt": "x"}),
+            client.post("/v1/videos/sync", files={"model": (None, "视"), "prompt": (None, "x")}),
+            client.post("/v1/chat/completions", json={"model": "聊", "messages": messages}),
+            client.post("/v1/audio/speech", json={"model": "聊", "input": "x"}),
+        ]
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert [unquote(answer.headers["x-model"]) for answer in answers] == ["绘", "视", "聊", "聊"]
 
 
 def test_traces_that_are_asked_for_and_cannot_be_sent_are_an_error(monkeypatch):
