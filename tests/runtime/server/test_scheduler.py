@@ -87,6 +87,23 @@ def test_clients_take_turns_however_many_requests_one_has(engine, run):
     run(body())
 
 
+def test_a_client_of_many_users_gets_no_more_turns_and_its_users_share_them(engine, run):
+    async def body():
+        scheduler = scheduler_of(engine)
+        width = iter(range(16, 1000, 16))  # so that none fits together
+        for user in "ux":
+            for index in range(2):
+                asked = picture(f"a-{user}{index}", width=next(width))
+                scheduler.submit(asked, "a", user=user, timeout_s=None)
+        for index in range(3):
+            scheduler.submit(picture(f"b{index}", width=next(width)), "b", timeout_s=None)
+        for _ in range(6):
+            engine.finish(*engine.runs[-1])
+        assert [run[0] for run in engine.runs] == ["a-u0", "a-u1", "b0", "a-x0", "b1", "a-x1", "b2"]
+
+    run(body())
+
+
 def test_what_fits_together_runs_together_up_to_the_limit(engine, run):
     async def body():
         scheduler = scheduler_of(engine)

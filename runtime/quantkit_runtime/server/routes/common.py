@@ -94,16 +94,15 @@ def context_of(request: Request) -> Context:
     return cast("Context", request.app.state.context)
 
 
-def client_of(request: Request, user: str | None = None) -> str:
+def client_of(request: Request) -> str:
     """Return whose turn a request takes."""
-    client = str(request.state.client)
-    return f"{client}/{user}" if user else client
+    return str(request.state.client)
 
 
 def owner_of(request: Request) -> str:
     """Return whose jobs a request may see: those of its key, or all where none is needed."""
     context = context_of(request)
-    return str(request.state.client) if context.settings.api_keys else ""
+    return client_of(request) if context.settings.api_keys else ""
 
 
 def new_id(request: Request) -> str:
@@ -119,7 +118,7 @@ def ask(request: Request, deployment: Deployment, asked: Asked, user: str | None
     """
     timeout_s = context_of(request).settings.limits.request_timeout_s
     scheduler = deployment.scheduler
-    return scheduler.follow(scheduler.submit(asked, client_of(request, user), timeout_s=timeout_s))
+    return scheduler.follow(scheduler.submit(asked, client_of(request), user=user or "", timeout_s=timeout_s))
 
 
 def model_header(name: str) -> dict[str, str]:

@@ -79,8 +79,9 @@ async def edit(body: Annotated[ImageEditForm, Form(media_type="multipart/form-da
 
 async def _draw(request: Request, body: ImageOptions, asked: ImageRequest, deployment: Deployment) -> Response:
     timeout_s = context_of(request).settings.limits.request_timeout_s
-    client = client_of(request, body.user)
-    finished, ticket = await deployment.scheduler.run(asked, client, timeout_s=timeout_s)
+    finished, ticket = await deployment.scheduler.run(
+        asked, client_of(request), user=body.user or "", timeout_s=timeout_s
+    )
     headers = cost_headers(deployment, finished, ticket)
     return Response(await _answer(body, asked, finished), headers=headers, media_type="application/json")
 

@@ -120,7 +120,9 @@ async def _read(body: VideoForm, request: Request) -> tuple[Deployment, VideoReq
 
 async def _draw(request: Request, body: VideoForm, asked: VideoRequest, deployment: Deployment) -> Response:
     timeout_s = context_of(request).settings.limits.request_timeout_s
-    finished, ticket = await deployment.scheduler.run(asked, client_of(request, body.user), timeout_s=timeout_s)
+    finished, ticket = await deployment.scheduler.run(
+        asked, client_of(request), user=body.user or "", timeout_s=timeout_s
+    )
     assert isinstance(finished.result, Frames)
     video = await asyncio.to_thread(encode_mp4, finished.result.pixels, asked.fps)
     headers = cost_headers(deployment, finished, ticket) | {
