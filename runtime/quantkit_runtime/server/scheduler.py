@@ -44,12 +44,14 @@ class Ticket:
         request: What to run.
         client: Whose turn it takes; turns go round between clients.
         user: For whom the client asks; its turns go round between its users.
+        streams: Whether pieces of the answer are told as they come; else with its end, so that it can begin again.
         events: What happened, ended by `Finished` or `Failed`.
         submitted: When, by ``time.monotonic``.
         place: In the trace of the HTTP request.
         sent: When it was last sent to an engine.
         tries: Times it was sent to an engine.
         wait_s: From the submission until it was first sent.
+        pieces: Of the answer, that wait for its end.
         has_output: Whether some of the answer is out.
         has_ended: Whether its last event has come.
         timer: Ends it when its time is up.
@@ -58,12 +60,14 @@ class Ticket:
     request: Request
     client: str
     user: str = ""
+    streams: bool = False
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     submitted: float = field(default_factory=time.monotonic)
     place: Context = field(default_factory=tracing.current)
     sent: float | None = None
     tries: int = 0
     wait_s: float | None = None
+    pieces: list[Delta] = field(default_factory=list)
     has_output: bool = False
     has_ended: bool = False
     timer: asyncio.TimerHandle | None = None
@@ -82,6 +86,14 @@ class Ticket:
         """Tell of an event; nothing follows the end."""
         if self.has_ended:
             return
+        if isinstance(event, Delta):
+            if not self.streams:
+                self.pieces.append(event)
+                return
+            self.has_output = True
+        if isinstance(event, Finished):
+            for piece in self.pieces:
+                self.events.put_nowait(piece)
         self.has_ended = isinstance(event, (Finished, Failed))
         if self.has_ended and self.timer is not None:
             self.timer.cancel()
@@ -134,7 +146,14 @@ class Scheduler:
         return len(self._running)
 
     def submit(
-        self, request: Request, client: str, *, user: str = "", timeout_s: float | None, bounded: bool = True
+        self,
+        request: Request,
+        client: str,
+        *,
+        user: str = "",
+        timeout_s: float | None,
+        bounded: bool = True,
+        streams: bool = False,
     ) -> Ticket:
         """Put a request into the queue.
 
@@ -144,6 +163,7 @@ class Scheduler:
             user: For whom the client asks.
             timeout_s: From now until its end; None for ever.
             bounded: Whether the queue's limit counts.
+            streams: Whether pieces of an answer are wanted as they come; one that began is not begun again.
 
         Raises:
             ApiError: The queue is full (429), closed or of an engine that never came up (503).
@@ -160,7 +180,7 @@ class Scheduler:
                 code="queue_full",
                 headers={"Retry-After": str(self._retry_after_s())},
             )
-        ticket = Ticket(request, client, user)
+        ticket = Ticket(request, client, user, streams)
         if timeout_s is not None:
             loop = asyncio.get_running_loop()
             ticket.timer = loop.call_later(timeout_s, self._time_out, ticket, timeout_s)
@@ -294,11 +314,8 @@ class Scheduler:
             self._end(ticket, event)
             self._dispatch()
             return
-        if isinstance(event, Progress):
-            if event.step > 1:  # the first holds the encoding of the prompt, too
-                self._metrics.step(self._model, event.step_s)
-        else:
-            ticket.has_output = True
+        if isinstance(event, Progress) and event.step > 1:  # the first holds the encoding of the prompt, too
+            self._metrics.step(self._model, event.step_s)
         ticket.put(event)
 
     def _end(self, ticket: Ticket, event: Finished | Failed) -> None:
@@ -325,6 +342,7 @@ class Scheduler:
             if ticket.has_ended:
                 continue
             if ticket.tries < self._max_tries and not ticket.has_output:
+                ticket.pieces.clear()
                 self._queue_of(ticket).appendleft(ticket)
                 self._waiting[ticket.queue].move_to_end(ticket.user, last=False)
                 self._waiting.move_to_end(ticket.queue, last=False)

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import os
+import signal
 import wave
 from concurrent.futures import ThreadPoolExecutor
 
@@ -175,6 +177,21 @@ def test_a_stream_that_began_ends_with_an_error_if_the_engine_is_lost(client):
     assert json.loads(pieces[-1])["error"]["code"] == "engine_down"  # some of it was out: not run again
     serving.until(lambda: client.get("/ready").status_code == 200)
     assert client.post(PATH, json=ask()).status_code == 200
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/audio/speech"])
+def test_an_answer_that_is_not_streamed_survives_the_loss_of_the_engine(client, path):
+    pids = list(client.server.engine.pids)
+    words = "word " * 40
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.post, path, json=ask(words) if path == PATH else {"input": words})
+        serving.until(lambda: any(ticket.pieces for ticket in client.server.scheduler._running.values()))
+        os.kill(pids[0], signal.SIGKILL)
+        done = waiting.result()
+    assert done.status_code == 200, done.text
+    if path == PATH:
+        assert done.json()["choices"][0]["message"]["content"] == words
+    assert client.server.engine.pids != pids
 
 
 def test_a_caller_that_leaves_a_stream_stops_its_answer(client):

@@ -9,6 +9,7 @@ from quantkit_runtime.server.metrics import Metrics
 from quantkit_runtime.server.protocol import (
     Cancel,
     ChatRequest,
+    Delta,
     Failed,
     Finished,
     ImageRequest,
@@ -248,6 +249,25 @@ def test_what_a_lost_engine_drew_and_wrote_runs_again_before_others(both, run):
             scheduler.submit(request, "me", timeout_s=None)
         both.lose()
         assert sorted(both.runs[3:]) == [["c0"], ["c1"], ["p0"]]
+
+    run(body())
+
+
+def test_an_answer_of_which_nothing_is_out_is_written_again_from_its_beginning(run):
+    async def body():
+        engine = Notebook(kinds=frozenset({"chat"}))
+        scheduler = scheduler_of(engine)
+        whole = scheduler.submit(chat("whole"), "me", timeout_s=None)
+        streamed = scheduler.submit(chat("streamed"), "me", timeout_s=None, streams=True)
+        for identity in ("whole", "streamed"):
+            engine.on_event(Delta(identity, "lost"))
+        engine.lose()
+        assert [type(streamed.events.get_nowait()) for _ in range(2)] == [Delta, Failed]
+        assert engine.runs == [["whole"], ["streamed"], ["whole"]]
+        engine.on_event(Delta("whole", "again"))
+        engine.finish("whole")
+        assert whole.events.get_nowait().text == "again"
+        assert isinstance(whole.events.get_nowait(), Finished)
 
     run(body())
 

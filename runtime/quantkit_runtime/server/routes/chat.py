@@ -56,7 +56,7 @@ async def complete(body: ChatBody, request: Request) -> Any:
     context = context_of(request)
     deployment = context.deployments.find(body.model, "chat", "chat")
     asked = await asyncio.to_thread(chat_request, body, deployment, context.settings, new_id(request))
-    events = ask(request, deployment, asked, body.user)
+    events = ask(request, deployment, asked, body.user, streams=body.stream)
     if not body.stream:
         return await unless_gone(request, _whole(events, body, deployment))
     started = await unless_gone(request, first_of(events))  # what is refused still gets its own status

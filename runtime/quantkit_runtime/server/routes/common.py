@@ -110,15 +110,25 @@ def new_id(request: Request) -> str:
     return f"{request.state.request_id}.{uuid.uuid4().hex[:8]}"
 
 
-def ask(request: Request, deployment: Deployment, asked: Asked, user: str | None) -> Events:
+def ask(
+    request: Request, deployment: Deployment, asked: Asked, user: str | None, *, streams: bool = False
+) -> Events:
     """Put a request into the queue of its model; closing its events cancels it.
+
+    Args:
+        request: What came.
+        deployment: The model.
+        asked: What it is to run.
+        user: As the request names one.
+        streams: Whether pieces of an answer are sent as they come.
 
     Raises:
         ApiError: The queue does not take it.
     """
     timeout_s = context_of(request).settings.limits.request_timeout_s
     scheduler = deployment.scheduler
-    return scheduler.follow(scheduler.submit(asked, client_of(request), user=user or "", timeout_s=timeout_s))
+    ticket = scheduler.submit(asked, client_of(request), user=user or "", timeout_s=timeout_s, streams=streams)
+    return scheduler.follow(ticket)
 
 
 def model_header(name: str) -> dict[str, str]:
