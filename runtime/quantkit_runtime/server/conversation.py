@@ -115,9 +115,10 @@ class _Reader:
     chars: int
 
     def read(
-        self, content: str | list[TextContent | ImageContent | AudioContent | AudioUrlContent], param: str
+        self, content: str | list[TextContent | ImageContent | AudioContent | AudioUrlContent] | None, param: str
     ) -> list[Part]:
         """Return the parts of one message."""
+        assert content is not None  # the schema has put something in its place
         if isinstance(content, str):
             return [self._text(content)]
         return [self._part(part, f"{param}.{index}") for index, part in enumerate(content)]

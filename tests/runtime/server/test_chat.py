@@ -9,9 +9,13 @@ import wave
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import openai
 import pytest
 import serving
 from PIL import Image
+from pydantic import ValidationError
+
+from quantkit_runtime.server.chat_schemas import ChatBody
 
 PATH = "/v1/chat/completions"
 
@@ -162,6 +166,28 @@ def test_a_mistake_deep_in_a_message_is_named_by_its_place(client):
     ):
         done = client.post(PATH, json={"messages": [{"role": "user", "content": content}]})
         assert (done.status_code, done.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("more", [{}, {"modalities": ["text", "audio"]}])
+def test_an_answer_can_be_sent_back_as_the_next_turn(client, more):
+    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0) as sdk:
+        messages = [{"role": "user", "content": "one two", "name": "me"}]
+        for _ in range(2):
+            answer = sdk.chat.completions.create(model="chat", messages=messages, **more)
+            messages += [answer.choices[0].message, {"role": "user", "content": "three"}]
+        messages[1] = messages[1].model_dump()
+        assert sdk.chat.completions.create(model="chat", messages=messages, **more).usage.completion_tokens == 1
+
+
+def test_what_an_answer_said_stands_for_its_text():
+    def said(**message):
+        return ChatBody(messages=[{"role": "assistant", "content": None, **message}]).messages[0].content
+
+    assert said(audio={"id": "a", "transcript": "aloud"}) == "aloud"
+    assert said(refusal="no") == "no"
+    for message in ({}, {"audio": {"id": "a"}}):
+        with pytest.raises(ValidationError, match="neither"):
+            said(**message)
 
 
 def test_many_pictures_share_one_limit(client):
