@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quantkit_runtime.errors import MissingDependencyError
 from quantkit_runtime.server.app import create_app
+from quantkit_runtime.server.checks import check_defaults
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.logs import set_up_logging
 from quantkit_runtime.server.settings import Cluster, Settings, SettingsError
@@ -102,9 +103,11 @@ def serve_on_cluster(settings: Settings) -> None:
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        SettingsError: The cluster cannot be reached, or a model cannot be loaded on it.
+        SettingsError: A default is none that a request could give, the cluster cannot be reached, or a model cannot
+            be loaded on it.
     """
     assert settings.cluster is not None
+    check_defaults(settings)
     ray, serve = _import_ray()
     set_up_logging(settings.log_format)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves this machine unasked

@@ -27,7 +27,7 @@ def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs.
 
     Raises:
-        SettingsError: The address cannot be bound.
+        SettingsError: The address cannot be bound, or a default is none that a request could give.
         EngineStartError: A model cannot be loaded.
         MissingDependencyError: The environment asks for traces, which need another extra.
     """

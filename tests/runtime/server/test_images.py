@@ -79,6 +79,12 @@ def test_a_mistake_is_named_with_its_field_and_limit(client, change, param, word
     assert words in error["message"]
 
 
+def test_the_models_own_number_of_steps_is_within_the_limit_too(serve):
+    with serve("images", max_steps=1).stream("POST", PATH, json={"prompt": "a cat", "stream": True}) as answer:
+        steps = [json.loads(line[6:]).get("steps") for line in answer.iter_lines() if line.startswith("data: ")]
+    assert steps == [1, None]  # its default is 2
+
+
 def test_a_missing_prompt_is_named(client):
     assert client.post(PATH, json={}).json()["error"]["code"] == "missing_required_parameter"
 

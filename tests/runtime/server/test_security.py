@@ -257,10 +257,39 @@ def test_a_default_that_the_model_does_not_know_ends_the_start(settings):
     from dataclasses import replace
 
     choice = settings("images")
-    spec = replace(choice.models["images"], defaults={"colour": "red"})
+    spec = replace(choice.models["images"], defaults={"true_cfg_scale": 2.0})
     with serving.running(replace(choice, models={"images": spec}), wait=False) as server:
         serving.until(lambda: server.context.started is not None and server.context.started.done())
-        assert "--default colour" in str(server.context.started.exception())
+        assert "--default true_cfg_scale" in str(server.context.started.exception())
+
+
+@pytest.mark.parametrize(
+    ("default", "words"),
+    [
+        ("temperature=hot", "valid number"),
+        ("temperature=-1", "greater than or equal to 0"),
+        ("top_k=-3", "greater than or equal to 1"),
+        ("max_tokens=many", "valid integer"),
+        ("num_inference_steps=2.5", "valid integer"),
+        ("strength=2", "less than or equal to 1"),
+        ("seed=5", "cannot be set"),
+        ("stop=o", "cannot be set"),
+        ("colour=red", "cannot be set"),
+    ],
+)
+def test_a_default_that_no_request_could_give_is_refused_before_anything_listens(default, words):
+    from quantkit_runtime.server.app import create_app
+
+    with pytest.raises(SettingsError, match=f"--default {default.partition('=')[0]}.*{words}"):
+        create_app(parse(["m", "--device", "cpu", "--default", default]))
+
+
+def test_defaults_that_requests_could_give_are_taken():
+    from quantkit_runtime.server.app import create_app
+
+    given = ["temperature=1", "top_p=0.5", "num_inference_steps=4", "guidance_scale=3", "negative_prompt=ugly",
+             "strength=0.5", "max_tokens=7", "fps=8"]  # fmt: skip
+    create_app(parse(["m", "--device", "cpu", *(word for one in given for word in ("--default", one))]))
 
 
 def test_a_port_in_use_is_a_clear_error(settings):
