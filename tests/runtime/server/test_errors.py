@@ -1,6 +1,7 @@
 """Every error that an operation documents is answered by it; the fixture ``serve`` looks for any other one."""
 
 import asyncio
+import errno
 from dataclasses import replace
 
 import httpx2
@@ -87,11 +88,20 @@ def test_a_documented_error_is_answered(serve, loading, method, path, status):
         answer = ask(loading, method, path.format(video_id="x"))
     elif (method, path, status) == ("GET", "/v1/videos", 404):
         answer = authorized(serve("images", api_keys=(KEY,))).get(path)
+    elif (method, path, status) == ("POST", "/v1/videos", 507):
+        client = authorized(serve(*KINDS, api_keys=(KEY,), max_jobs=1000))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(client.server.context.running_jobs._store, "create", full_disk)
+            answer = ask(client, method, path)
     elif status in SETTINGS:
         answer = ask(authorized(serve(*KINDS, api_keys=(KEY,), **SETTINGS[status])), method, path)
     else:
         answer = provoke(authorized(serve(*KINDS, api_keys=(KEY,), max_jobs=1000)), method, path, status)
     assert answer.status_code == status, answer.text
+
+
+def full_disk(*_arguments, **_options):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_replica_of_a_cluster_does_not_document_the_jobs_that_it_refuses(settings, monkeypatch):

@@ -42,7 +42,7 @@ _MEANINGS = {
     500: "The model failed",
     503: "The model is not ready, its engine was lost, or the server stops",
     504: "Not done in time",
-    507: "Out of memory",
+    507: "Out of memory, or of disk for jobs",
 }
 TO_ALL = (401, 403)
 """Statuses that any request may get: the middleware looks who calls."""

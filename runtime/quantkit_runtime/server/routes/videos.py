@@ -42,7 +42,7 @@ async def generate(body: Body, request: Request) -> Response:
     return await unless_gone(request, _draw(request, body, asked, deployment))
 
 
-@router.post("", response_model=Video, responses=errors(400, 404, 409, 413, 415, 429, 503))
+@router.post("", response_model=Video, responses=errors(400, 404, 409, 413, 415, 429, 503, 507))
 async def create(
     body: Body,
     request: Request,
