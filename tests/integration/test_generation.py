@@ -319,6 +319,27 @@ def test_what_the_model_cannot_run_is_refused_with_the_field(omni, request_, par
     assert omni.active == 0
 
 
+@pytest.mark.parametrize("name", ["qwen2.5-omni", "qwen3-omni"])
+@pytest.mark.parametrize(
+    "samples",
+    [np.zeros(1), np.zeros(200), np.full(9000, np.nan), np.full(9000, np.inf), np.full(9000, 1e30)],
+    ids=["one", "few", "nan", "inf", "huge"],
+)
+def test_a_sound_that_cannot_be_heard_is_refused(folders, name, samples):
+    message = Message("user", (AudioPart(samples.astype(np.float32), 16_000),))
+    with pytest.raises(RequestRefusedError, match="sound") as refused:
+        Reader(folders(name)).read((message,))
+    assert refused.value.param == "messages"
+
+
+def test_a_sound_is_as_long_as_the_models_own_processor_takes_it(folders):
+    readers = [Reader(folders(name)) for name in ("qwen2.5-omni", "qwen3-omni")]
+    message = Message("user", (AudioPart(np.zeros(3 * readers[1]._listener.n_samples, np.float32), 16_000),))
+    with pytest.raises(RequestRefusedError, match="hears at most"):
+        readers[0].read((message,))  # it would cut the sound
+    assert readers[1].read((message,))["feature_attention_mask"].sum() == message.parts[0].samples.size // 160
+
+
 def test_a_model_of_text_refuses_pictures_sounds_and_speech(folders):
     folder = folders("packed-llama")
     model = ChatModel(load_model(folder), Reader(folder))
