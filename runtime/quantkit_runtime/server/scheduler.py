@@ -225,9 +225,8 @@ class Scheduler:
             self._stop(ticket, "cancelled", "cancelled")
 
     def _time_out(self, ticket: Ticket, timeout_s: float) -> None:
-        self._stop(
-            ticket, "timeout", f"not done within {timeout_s:g} s, {'running' if ticket.tries else 'waiting'}"
-        )
+        state = "running" if ticket.tries else "waiting"
+        self._stop(ticket, "timeout", f"not done within {round(timeout_s, 1):g} s, {state}")
 
     def _stop(self, ticket: Ticket, kind: FailureKind, message: str) -> None:
         if ticket.request.id in self._running:

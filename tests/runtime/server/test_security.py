@@ -8,9 +8,11 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote
 
 import httpx2
+import numpy as np
 import pytest
 import serving
 
@@ -19,6 +21,7 @@ from quantkit_runtime.server import remote
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.logs import set_up_logging
 from quantkit_runtime.server.options import parse
+from quantkit_runtime.server.png import encode_png
 from quantkit_runtime.server.settings import SettingsError, is_loopback, read_api_keys
 
 KEY = "correct-horse-battery"
@@ -160,12 +163,64 @@ def test_what_is_fetched_is_bounded_and_never_redirected(monkeypatch, answer, ex
             thread.join()
 
 
+@pytest.mark.parametrize("host", ["pictures.example", "[2606:4700::1111]"])
+def test_a_host_is_asked_by_the_name_that_the_url_gives_it(monkeypatch, host):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        name = f"{host}:{listening.getsockname()[1]}"
+        monkeypatch.setattr(remote, "_public_address", lambda *_: "127.0.0.1")
+        asked = []
+
+        def reply():
+            connection, _ = listening.accept()
+            with connection:
+                asked.append(connection.recv(4096).decode())
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc")
+
+        thread = threading.Thread(target=reply)
+        thread.start()
+        try:
+            assert remote.fetch(f"http://{name}/a", 1000, "image") == b"abc"
+        finally:
+            thread.join()
+    assert f"Host: {name}\r\n" in asked[0]
+
+
+def test_all_urls_of_a_chat_share_one_deadline_and_keep_no_other_chat_waiting(settings, monkeypatch):
+    fetched = []
+
+    def slow(_url, _most, _param, total_s):
+        fetched.append(total_s)
+        time.sleep(min(0.6, total_s))
+        return png
+
+    png = encode_png(np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr("quantkit_runtime.server.conversation.fetch", slow)
+    part = {"type": "image_url", "image_url": {"url": "https://pictures.example/"}}
+    body = {"messages": [{"role": "user", "content": [part] * 10}]}
+    with (
+        serving.running(settings("chat", allow_remote_media=True, request_timeout_s=1.0)) as server,
+        httpx2.Client(base_url=server.url, timeout=30) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        server.loop.call_soon_threadsafe(server.loop.set_default_executor, ThreadPoolExecutor(1))
+        began = time.monotonic()
+        waiting = pool.submit(client.post, "/v1/chat/completions", json=body)
+        serving.until(lambda: fetched)
+        quick = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "one"}]})
+        assert time.monotonic() - began < 0.6
+        assert quick.status_code == 200
+        answer = waiting.result()
+        assert time.monotonic() - began < 2
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "fetch_failed")
+    assert len(fetched) == 2
+    assert fetched[1] < 0.5
+
+
 @pytest.mark.parametrize(
     "begin", [b"", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n"]
 )
 def test_what_comes_in_drops_is_not_waited_for(monkeypatch, begin):
     monkeypatch.setattr(remote, "_public_address", lambda *_: "127.0.0.1")
-    monkeypatch.setattr(remote, "_TOTAL_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
 
@@ -181,7 +236,7 @@ def test_what_comes_in_drops_is_not_waited_for(monkeypatch, begin):
         thread.start()
         began = time.monotonic()
         with pytest.raises(ApiError, match=r"image: pictures.example takes more than 0.3 s"):
-            remote.fetch(f"http://pictures.example:{port}/", 1000, "image")
+            remote.fetch(f"http://pictures.example:{port}/", 1000, "image", 0.3)
         assert time.monotonic() - began < 2
         thread.join()
 

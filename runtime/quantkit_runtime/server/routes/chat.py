@@ -7,7 +7,9 @@ import base64
 import time
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from quantkit_runtime.server.chat_schemas import (
     UsageBody,
     chunk,
 )
-from quantkit_runtime.server.conversation import chat_request
+from quantkit_runtime.server.conversation import chat_request, names_urls
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.media import encode_sound
 from quantkit_runtime.server.protocol import Answer, Delta, Finished, Usage
@@ -43,6 +45,8 @@ from quantkit_runtime.server.routes.common import (
 if TYPE_CHECKING:
     from quantkit_runtime.server.deployment import Deployment
 
+_FETCHING = ThreadPoolExecutor(16, "fetch")  # apart, so that slow hosts keep nothing waiting that has come whole
+
 router = APIRouter(prefix="/v1/chat", tags=["chat"], responses=errors(*OF_RUNS))
 
 
@@ -53,10 +57,13 @@ router = APIRouter(prefix="/v1/chat", tags=["chat"], responses=errors(*OF_RUNS))
 )
 async def complete(body: ChatBody, request: Request) -> Any:
     """Answer a conversation with text, sound or both."""
+    arrived = time.monotonic()
     context = context_of(request)
     deployment = context.deployments.find(body.model, "chat", "chat")
-    asked = await asyncio.to_thread(chat_request, body, deployment, context.settings, new_id(request))
-    events = ask(request, deployment, asked, body.user, streams=body.stream)
+    threads = _FETCHING if context.settings.allow_remote_media and names_urls(body) else None
+    read = partial(chat_request, body, deployment, context.settings, new_id(request), arrived)
+    asked = await asyncio.get_running_loop().run_in_executor(threads, read)
+    events = ask(request, deployment, asked, body.user, streams=body.stream, arrived=arrived)
     if not body.stream:
         return await unless_gone(request, _whole(events, body, deployment))
     started = await unless_gone(request, first_of(events))  # what is refused still gets its own status

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
@@ -111,7 +112,13 @@ def new_id(request: Request) -> str:
 
 
 def ask(
-    request: Request, deployment: Deployment, asked: Asked, user: str | None, *, streams: bool = False
+    request: Request,
+    deployment: Deployment,
+    asked: Asked,
+    user: str | None,
+    *,
+    streams: bool = False,
+    arrived: float | None = None,
 ) -> Events:
     """Put a request into the queue of its model; closing its events cancels it.
 
@@ -121,11 +128,14 @@ def ask(
         asked: What it is to run.
         user: As the request names one.
         streams: Whether pieces of an answer are sent as they come.
+        arrived: When, by ``time.monotonic``; None is now.
 
     Raises:
         ApiError: The queue does not take it.
     """
     timeout_s = context_of(request).settings.limits.request_timeout_s
+    if arrived is not None:
+        timeout_s = max(timeout_s - (time.monotonic() - arrived), 0)
     scheduler = deployment.scheduler
     ticket = scheduler.submit(asked, client_of(request), user=user or "", timeout_s=timeout_s, streams=streams)
     return scheduler.follow(ticket)
