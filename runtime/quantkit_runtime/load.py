@@ -24,6 +24,7 @@ from quantkit_runtime.checkpoint import WeightFiles, read_json
 from quantkit_runtime.choice import check_choice
 from quantkit_runtime.compilation import compile_model, compile_pipeline
 from quantkit_runtime.config import QuantizationConfig, quantization_of
+from quantkit_runtime.download import download
 from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, ParallelError
 from quantkit_runtime.graphs import check_recordable, record_pipeline
 from quantkit_runtime.models.glm_image import split_pictures
@@ -33,7 +34,6 @@ from quantkit_runtime.parallel.plans import ENCODERS, has_plan
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Voices of Qwen2.5-Omni's talker, without which it does not even write text.
 _SPEAKERS = "spk_dict.pt"
-_HUB_FILES = (_SPEAKERS, "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 def load_pipeline(
@@ -297,10 +297,4 @@ def local_folder(path: str | PathLike[str]) -> Path:
         return folder
     if folder.exists() or not _HUB_ID.fullmatch(str(path)):
         raise CheckpointFormatError(f"{path}: not a folder; give a local model folder or a hub id like org/name")
-    try:
-        return Path(
-            import_optional("huggingface_hub").snapshot_download(str(path), allow_patterns=list(_HUB_FILES))
-        )
-    except (OSError, ValueError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointFormatError(f"{path}: no such folder, and not available from the hub ({reason})") from error
+    return download(str(path))

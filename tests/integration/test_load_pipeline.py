@@ -461,18 +461,25 @@ def test_a_hub_id_that_cannot_be_fetched_is_refused_in_one_line(monkeypatch):
         load_pipeline("some/model")
 
 
-def test_a_hub_id_is_fetched_as_a_whole_and_loaded(monkeypatch, source):
-    asked = {}
+def test_of_a_hub_id_diffusers_fetches_what_its_pipeline_needs(monkeypatch, source):
+    """FLUX.1-dev's repository has a copy of the weights in single files, too."""
+    asked = []
 
-    def fetch(repo_id, *, allow_patterns):
-        asked[repo_id] = allow_patterns
+    def fetch(repo_id, *, revision, allow_patterns):
+        asked.append((repo_id, revision, allow_patterns))
+        return str(source)
+
+    def fetch_pipeline(repo_id, **options):
+        asked.append((repo_id, options))
         return str(source)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", fetch_pipeline)
     assert type(load_pipeline("some/model")).__name__ == "FluxPipeline"
-    assert "*.safetensors" in asked["some/model"]
-    others = set(asked["some/model"]) - {"spk_dict.pt"}  # voices, read as tensors alone
-    assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in others)
+    assert asked == [
+        ("some/model", None, ["model_index.json", "config.json"]),
+        ("some/model", {"revision": None, "use_safetensors": True}),
+    ]
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta"])
