@@ -263,6 +263,19 @@ def test_log_lines_are_json_with_the_requests_id_and_no_secrets(locked):
         assert secret not in text
 
 
+def test_a_path_cannot_forge_log_lines_of_text():
+    stream = io.StringIO()
+    before = logging.getLogger().handlers[:]
+    try:
+        set_up_logging("text", stream=stream)
+        path = "/v1/x\n12:00:00 INFO server: forged\x1b[31m"
+        logging.getLogger("quantkit_runtime.server").warning("request", extra={"path": path, "status": 404})
+    finally:
+        logging.getLogger().handlers[:] = before
+    [line] = stream.getvalue().splitlines()
+    assert line.endswith(r"path='/v1/x\n12:00:00 INFO server: forged\x1b[31m' status=404")
+
+
 def test_an_id_that_could_forge_log_lines_is_replaced(serve):
     answer = serve("images").get("/v1/models", headers={"X-Request-Id": 'a" b'})
     assert answer.headers["x-request-id"].startswith("req-")
