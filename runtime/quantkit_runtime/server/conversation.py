@@ -121,7 +121,7 @@ def speech_request(body: SpeechBody, deployment: Deployment, settings: Settings,
 
 def _check_voice(voice: str | None, deployment: Deployment, param: str) -> None:
     voices = deployment.info.voices
-    if voice is not None and voice not in voices:
+    if voice is not None and voice.lower() not in map(str.lower, voices):
         raise bad_request(f"{param}: unknown; {deployment.name} has {', '.join(voices) or 'none'}", param)
 
 

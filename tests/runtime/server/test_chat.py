@@ -74,6 +74,9 @@ def test_a_stream_has_pieces_a_reason_usage_and_an_end(client):
     assert "".join(texts) == "one two three "
     assert [c["choices"][0]["finish_reason"] for c in chunks[:-1]] == [None] * 4 + ["stop"]
     assert (chunks[-1]["choices"], chunks[-1]["usage"]["total_tokens"]) == ([], 6)
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * 5
+    with client.stream("POST", PATH, json=ask(stream=True)) as answer:
+        assert not any("usage" in json.loads(piece) for piece in events_of(answer)[:-1])
 
 
 def test_requests_are_answered_at_the_same_time(client):
@@ -233,6 +236,10 @@ def test_speech_comes_in_the_format_that_is_asked_for(client, form, magic):
     assert done.content.startswith(magic)
     assert done.headers["content-type"].startswith("audio/")
     assert len(done.content) > 100
+
+
+def test_a_voice_is_known_however_it_is_written(client):
+    assert client.post("/v1/audio/speech", json={"input": "one", "voice": "cHELSIE"}).status_code == 200
 
 
 def test_speech_checks_its_fields(client):

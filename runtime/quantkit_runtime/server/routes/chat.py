@@ -116,19 +116,24 @@ async def _pieces(events: Events, body: ChatBody, deployment: Deployment) -> Asy
     """Yield the answer as server-sent events; ending it early cancels the request."""
     identity, created, name = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), deployment.name
     audio_id = f"audio-{uuid.uuid4().hex}"
-    yield sse(None, chunk(identity, created, name, {"role": "assistant", "content": ""}, None))
+    tells_usage = body.stream_options is not None and body.stream_options.include_usage
+    none_yet: dict[str, Any] = {"usage": None} if tells_usage else {}
+
+    def piece(delta: dict[str, Any] | None, finish: str | None = None) -> dict[str, Any]:
+        return chunk(identity, created, name, delta, finish) | none_yet
+
+    yield sse(None, piece({"role": "assistant", "content": ""}))
     try:
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, Delta):
                     for delta in _deltas(event, audio_id):
-                        yield sse(None, chunk(identity, created, name, delta, None))
+                        yield sse(None, piece(delta))
                 elif isinstance(event, Finished):
                     assert isinstance(event.result, Answer)
-                    yield sse(None, chunk(identity, created, name, {}, event.result.finish_reason))
-                    if body.stream_options is not None and body.stream_options.include_usage:
-                        usage = _usage(event.result.usage).model_dump()
-                        yield sse(None, chunk(identity, created, name, None, None) | {"usage": usage})
+                    yield sse(None, piece({}, event.result.finish_reason))
+                    if tells_usage:
+                        yield sse(None, piece(None) | {"usage": _usage(event.result.usage).model_dump()})
     except ApiError as error:
         yield sse(None, error.body())
     yield sse(None, "[DONE]")
