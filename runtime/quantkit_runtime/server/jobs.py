@@ -154,6 +154,9 @@ class Jobs:
 
     async def _work(self, deployment: Deployment) -> None:
         """Run the next job, or wait for one."""
+        if deployment.engine.state == "failed":  # jobs wait for the next start of the server
+            await asyncio.sleep(_RETRY_S)
+            return
         arrived = self._arrived[deployment.name]
         arrived.clear()
         job = await asyncio.to_thread(self._store.start_next, deployment.name)
@@ -189,6 +192,9 @@ class Jobs:
                     video = await asyncio.to_thread(encode_mp4, event.result.pixels, asked.fps)
                     await asyncio.to_thread(self._store.complete, job.id, video)
         except ApiError as error:
+            if deployment.engine.state == "failed":
+                await asyncio.to_thread(self._store.requeue, job.id)
+                return
             await asyncio.to_thread(self._store.fail, job.id, error.code or "failed", error.message)
         except Exception as error:
             log.error("job failed", exc_info=error, extra={"job": job.id})
