@@ -331,6 +331,9 @@ def test_a_language_model_with_tied_weights_equals_its_dequantized_self(tmp_path
     with torch.no_grad():
         assert torch.equal(packed(tokens).logits, dense(tokens).logits)
     assert packed.generation_config.eos_token_id == 63
+    (tmp_path / "generation_config.json").write_text("{damaged")
+    with pytest.raises(CheckpointFormatError, match=r"generation_config.json: is not valid JSON"):
+        load_model(tmp_path, backend="reference")
 
 
 def edit_config(folder, **changes):
@@ -338,6 +341,11 @@ def edit_config(folder, **changes):
     config = json.loads(path.read_text())
     config["quantization_config"].update(changes)
     path.write_text(json.dumps(config))
+
+
+def edit_index(folder, **changes):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def edit_weights(folder, edit):
@@ -356,6 +364,10 @@ def truncate(path):
 
 BREAKAGES = {
     "no model_index.json": (lambda f: (f / "model_index.json").unlink(), "model_index.json: missing"),
+    "component without library and class": (
+        lambda f: edit_index(f, transformer=[]),
+        r"model_index.json: transformer: is \[\], not a library and a class",
+    ),
     "component folder gone": (lambda f: shutil.rmtree(f / "vae"), "vae: missing, though model_index.json"),
     "unknown quant_method": (
         lambda f: edit_config(f, quant_method="gptq"),
