@@ -56,6 +56,7 @@ _SOUNDS = {
     b"\xff\xf3": "mp3",
     b"\xff\xf2": "mp3",
 }
+_ROUNDING_S = 1e-6  # of the sum of many frames
 _LEAST_RATE = 4_000  # speech has 8000; at one sample a second a small file becomes hours, in one piece
 # WAV and Ogg may hold any codec; only these are opened.
 _CODECS = (
@@ -207,7 +208,7 @@ def decode_audio(data: bytes, limits: Limits, param: str, max_s: float | None = 
                         "invalid_audio",
                     )
                 left_s -= frame.samples / frame.sample_rate  # before it is resampled, which may take any memory
-                if left_s < 0:
+                if left_s < -_ROUNDING_S:
                     raise ApiError(
                         413,
                         f"{param}: more than {limits.max_audio_s:g} s of sound in one request",

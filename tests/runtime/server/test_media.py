@@ -179,6 +179,13 @@ def test_a_long_sound_is_refused_before_it_is_resampled(monkeypatch):
     assert (caught.value.status, caught.value.code) == (413, "audio_too_long")
 
 
+@pytest.mark.parametrize("rate", [8_000, 11_025, 44_100])
+def test_a_sound_of_exactly_the_limit_is_taken(rate):
+    limits = Limits(max_audio_s=7.0)
+    samples = decode_audio(encode_sound(np.zeros(7 * rate, np.float32), rate, "wav"), limits, "sound")
+    assert samples.size == 7 * 16_000
+
+
 MAGIC = (b"", b"\x89PNG\r\n\x1a\n", b"RIFF", b"OggS", b"ID3", b"fLaC", b"\xff\xd8")
 
 
