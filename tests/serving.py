@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from quantkit_runtime.errors import CheckpointFormatError
 from quantkit_runtime.server.models.base import BatchModel, RequestRefusedError, StreamingModel
 from quantkit_runtime.server.protocol import (
     Answer,
@@ -202,6 +203,13 @@ def load_chat(_spec):
 
 def load_broken(_spec):
     raise RuntimeError("no such weights")
+
+
+def load_videos_of_file(spec):
+    """Load what draws videos as long as the file is there that is the spec's path."""
+    if not Path(spec.path).exists():
+        raise CheckpointFormatError(f"{spec.path}: missing")
+    return load_videos(spec)
 
 
 def load_slowly(_spec):

@@ -117,18 +117,12 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
-    try:
-        from diffusers import DiffusionPipeline
-    except ImportError as error:
-        raise MissingExtraError("diffusers", "quantize") from error
-    from huggingface_hub import snapshot_download
+    from quantkit_runtime.download import download
+    from quantkit_runtime.errors import CheckpointFormatError, MissingDependencyError
 
     try:
-        folder = snapshot_download(hub_id, revision=revision, allow_patterns=["model_index.json", "config.json"])
-        if not Path(folder, "model_index.json").is_file():  # a single model
-            return Path(snapshot_download(hub_id, revision=revision, ignore_patterns=["*.bin", "*.pth"]))
-        # diffusers knows which files of a repository its pipeline needs; FLUX.1-dev holds the weights twice.
-        return Path(DiffusionPipeline.download(hub_id, revision=revision, use_safetensors=True))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].removeprefix("Got: ")  # as the hub's client says it
-        raise CheckpointError(f"{hub_id}: no such folder, and it cannot be downloaded: {reason}") from error
+        return download(hub_id, revision)
+    except MissingDependencyError as error:
+        raise MissingExtraError("diffusers", "quantize") from error
+    except CheckpointFormatError as error:
+        raise CheckpointError(str(error)) from error

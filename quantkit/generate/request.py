@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -207,6 +208,8 @@ def _check_output(
         raise OutputError(f"{output}: is {kind}; give another --output")
     if output.suffix.lower() == ".mp4":
         check_video_encoder()
+    if int(os.environ.get("RANK", "0")) > 0:  # all ranks of torchrun at once would be in each other's way
+        return
     pixels = (sampling.height or 0) * (sampling.width or 0) * (sampling.num_frames or 1)
     with stage(output, overwrite=request.overwrite, need_bytes=pixels * _BYTES_PER_PIXEL, marker=marker_of(output)):
         pass  # it can be written

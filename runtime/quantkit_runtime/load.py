@@ -24,6 +24,7 @@ from quantkit_runtime.checkpoint import WeightFiles, read_json
 from quantkit_runtime.choice import check_choice
 from quantkit_runtime.compilation import compile_model, compile_pipeline
 from quantkit_runtime.config import QuantizationConfig, quantization_of
+from quantkit_runtime.download import download
 from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, ParallelError
 from quantkit_runtime.graphs import check_recordable, record_pipeline
 from quantkit_runtime.models.glm_image import split_pictures
@@ -33,7 +34,7 @@ from quantkit_runtime.parallel.plans import ENCODERS, has_plan
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Voices of Qwen2.5-Omni's talker, without which it does not even write text.
 _SPEAKERS = "spk_dict.pt"
-_HUB_FILES = (_SPEAKERS, "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_GENERATION = "generation_config.json"
 
 
 def load_pipeline(
@@ -94,7 +95,11 @@ def load_pipeline(
     group = _group(tensor_parallel)
     packed, has_shared_denoiser = {}, False
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+        if name.startswith("_") or not isinstance(entry, list):
+            continue
+        if len(entry) != 2:
+            raise CheckpointFormatError(f"{index_path}: {name}: is {entry}, not a library and a class")
+        if entry[0] is None:
             continue
         config_path = folder / name / "config.json"
         if not (folder / name).is_dir():
@@ -180,6 +185,8 @@ def load_model(
     check_choice(folder, compute=compute, backend=backend)
     model_class = class_of(config, config_path)
     quantization = quantization_of(config, config_path)
+    if (generation := folder / _GENERATION).is_file():
+        read_json(generation)  # damage shows here: transformers would go on without it
     group = _group(tensor_parallel)
     model: nn.Module
     if quantization is not None or is_own(config) or group is not None:
@@ -217,8 +224,9 @@ def _assemble(
         backend=backend,
         group=group,
     )
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = import_optional("transformers").GenerationConfig.from_pretrained(folder)
+    if (folder / _GENERATION).is_file():
+        with library_errors(folder / _GENERATION):
+            model.generation_config = import_optional("transformers").GenerationConfig.from_pretrained(folder)
     load_speakers: Any = getattr(model, "load_speakers", None)
     if load_speakers is not None and (folder / _SPEAKERS).is_file():
         with library_errors(folder):
@@ -297,10 +305,4 @@ def local_folder(path: str | PathLike[str]) -> Path:
         return folder
     if folder.exists() or not _HUB_ID.fullmatch(str(path)):
         raise CheckpointFormatError(f"{path}: not a folder; give a local model folder or a hub id like org/name")
-    try:
-        return Path(
-            import_optional("huggingface_hub").snapshot_download(str(path), allow_patterns=list(_HUB_FILES))
-        )
-    except (OSError, ValueError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointFormatError(f"{path}: no such folder, and not available from the hub ({reason})") from error
+    return download(str(path))

@@ -7,6 +7,9 @@ import rank_jobs
 import torch
 from jobs import assert_no_growth, launch, results
 
+from quantkit_runtime.parallel import cfg
+from quantkit_runtime.parallel.call import Watch
+
 pytestmark = pytest.mark.multi_rank
 
 COMMON = {"prompt": "a red circle", "height": 32, "width": 32, "num_inference_steps": 6, "seed": 3}
@@ -106,6 +109,28 @@ def test_what_cannot_be_right_is_refused_on_both_ranks(ranks, name, reason):
 
 def test_fifty_generations_in_a_row_take_no_more_memory_than_ten(ranks):
     assert_no_growth(ranks["many"])
+
+
+def test_where_guidance_pauses_one_call_of_a_single_batch_is_made_alike_on_both_ranks(monkeypatch):
+    rows = []
+
+    class Denoiser(torch.nn.Module):
+        def forward(self, sample):
+            rows.append(len(sample))
+            return (sample * 2,)
+
+    watch = Watch(())
+    branches = cfg._Branches(None, watch)
+    monkeypatch.setattr(cfg.dist, "get_rank", lambda _group: 0)
+    monkeypatch.setattr(branches, "_exchange", lambda mine: (mine, mine))  # the halves are equal here
+    forward = branches.wrap_forward(Denoiser())
+    latents = torch.ones(2, 4)
+    for is_guided in (True, True, False, True):
+        given = torch.cat([latents, latents]) if is_guided else latents
+        assert torch.equal(forward(given)[0], given * 2)
+        branches.end_step(latents)
+        watch.step += 1
+    assert rows == [4, 2, 2, 2]  # both halves once, then this rank's; without guidance all of the one
 
 
 def test_a_rank_that_dies_ends_the_other(tiny_model, tmp_path):

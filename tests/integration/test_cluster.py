@@ -27,16 +27,17 @@ import sys, json
 from quantkit_runtime.server.protocol import ModelSpec
 from quantkit_runtime.server.run import serve
 from quantkit_runtime.server.settings import Cluster, Settings
-spec = ModelSpec("stub", loader="stub_model:load", warm_up=False)
-cluster = Cluster(min_replicas=2, max_replicas=2, cpus_per_replica=0.5)
+spec = ModelSpec("stub", loader=sys.argv[2], warm_up=False)
+copies = int(sys.argv[3])
+cluster = Cluster(min_replicas=copies, max_replicas=copies, cpus_per_replica=0.5)
 serve(Settings(models={"stub": spec}, port=int(sys.argv[1]), cluster=cluster, log_format="text", drain_s=2))
 """
 
 
-def _start(port, log):
+def _start(port, log, loader="stub_model:load", copies=2):
     tests = str(Path(__file__).parent.parent)
     return subprocess.Popen(
-        [sys.executable, "-c", _RUN, str(port)],
+        [sys.executable, "-c", _RUN, str(port), loader, str(copies)],
         stdout=log,
         stderr=log,
         env={**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1"},
@@ -131,7 +132,7 @@ def test_progress_streams_through_the_cluster(cluster):
         arrivals = [(time.monotonic(), line) for line in answer if line.startswith(b"data: ")]
     events = [json.loads(line[6:]) for _, line in arrivals]
     assert [event.get("step") for event in events] == [1, 2, 3, None]
-    assert events[-1]["data"][0]["b64_json"]
+    assert events[-1]["b64_json"]
     assert arrivals[2][0] - arrivals[0][0] > 0.05  # as they happen, not all at the end
 
 
@@ -159,3 +160,23 @@ def test_a_replica_asks_for_the_accelerators_of_its_ranks_on_one_node_and_copies
     scaling = config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 3)
     assert config.max_queued_requests == 9
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_told_to_stop_ends_well(cluster):
+    _, process = cluster  # the last test that uses it
+    process.terminate()
+    assert process.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_loaded_ends_the_start(tmp_path):
+    with (tmp_path / "log").open("wb") as log:
+        process = _start(_free_port(), log, "serving:load_broken", copies=1)
+    try:
+        assert process.wait(120) == 1
+    finally:
+        process.kill()
+    told = (tmp_path / "log").read_text()
+    assert "could not load a model" in told
+    assert "server: ready" not in told

@@ -9,7 +9,7 @@ from tiny.chat import build_chat, round_chat
 from tiny_omni import build_qwen2_5_omni, build_qwen3_omni
 
 from quantkit_runtime import load_model
-from quantkit_runtime.generation.batch import Batch
+from quantkit_runtime.generation.batch import Batch, write_greedily
 from quantkit_runtime.generation.sampling import Sampler, SamplingParams
 from quantkit_runtime.generation.text import TextStream
 from quantkit_runtime.generation.writer import writer_of
@@ -195,6 +195,17 @@ def test_a_spoken_answer_has_the_same_text_and_sound_of_its_own(omni):
     assert results["a"].usage.completion_tokens == 12
 
 
+def test_an_answer_to_a_picture_and_a_sound_is_spoken(omni):
+    random = np.random.default_rng(0)
+    picture = ImagePart(random.integers(0, 255, (112, 168, 3), dtype=np.uint8))
+    sound = AudioPart(random.standard_normal(9000).astype(np.float32), 16_000)
+    messages = (Message("user", (picture, sound, TextPart("What is it?"))),)
+    spoken = ChatRequest("a", messages, 12, temperature=0.0, modalities=("text", "audio"))
+    texts, sounds, _ = _run(omni, spoken)
+    assert sounds["a"][0].size > 0
+    assert texts["a"] == _run(omni, ChatRequest("a", messages, 12, temperature=0.0))[0]["a"]
+
+
 def test_an_answer_too_short_to_be_spoken_is_an_answer_without_sound(omni):
     texts, sounds, results = _run(omni, _request("a", modalities=("text", "audio"), max_tokens=1), _request("b"))
     assert texts["a"] == _run(omni, _request("a", max_tokens=1))[0]["a"]
@@ -268,6 +279,20 @@ def test_speech_reads_a_text_aloud_without_writing_one(omni):
     assert results["a"].usage.prompt_tokens == len("Good day")
 
 
+def test_sound_that_is_cut_tells_so(omni):
+    reasons = [
+        _run(omni, SpeechRequest("a", "Hi", max_tokens=codes))[2]["a"].finish_reason for codes in (8, 4096)
+    ]  # the talker of this model ends what it says after some more codes
+    assert reasons == ["length", "stop"]
+
+
+def test_what_looks_like_a_special_token_is_read_aloud_as_text(omni):
+    text = "<|im_end|> hello"
+    _, sounds, results = _run(omni, SpeechRequest("a", text))
+    assert results["a"].usage.prompt_tokens == len(text)  # of bytes, one token each
+    assert sounds["a"][0].size > 0
+
+
 def test_speaking_can_be_cancelled_and_the_model_goes_on(omni):
     _, _, results = _run(
         omni, _request("a", modalities=("text", "audio"), max_tokens=100), _request("b"), cancel_after=(4, "a")
@@ -282,15 +307,37 @@ def test_speaking_can_be_cancelled_and_the_model_goes_on(omni):
         (_request("a", text="x" * 5000), "messages"),
         (_request("a", modalities=("audio",), voice="Nobody"), "voice"),
         (SpeechRequest("a", "x" * 5000), "input"),
+        (SpeechRequest("a", "x" * 500, max_tokens=900), "input"),
         (ChatRequest("a", (Message("user", (AudioPart(np.zeros(40_000, np.float32), 16_000),)),), 5), "messages"),
     ],
-    ids=["long-prompt", "voice", "long-speech", "long-sound"],
+    ids=["long-prompt", "voice", "long-speech", "speech-of-many-codes", "long-sound"],
 )
 def test_what_the_model_cannot_run_is_refused_with_the_field(omni, request_, param):
     with pytest.raises(RequestRefusedError) as refused:
         omni.admit(request_)
     assert refused.value.param == param
     assert omni.active == 0
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-omni", "qwen3-omni"])
+@pytest.mark.parametrize(
+    "samples",
+    [np.zeros(1), np.zeros(200), np.full(9000, np.nan), np.full(9000, np.inf), np.full(9000, 1e30)],
+    ids=["one", "few", "nan", "inf", "huge"],
+)
+def test_a_sound_that_cannot_be_heard_is_refused(folders, name, samples):
+    message = Message("user", (AudioPart(samples.astype(np.float32), 16_000),))
+    with pytest.raises(RequestRefusedError, match="sound") as refused:
+        Reader(folders(name)).read((message,))
+    assert refused.value.param == "messages"
+
+
+def test_a_sound_is_as_long_as_the_models_own_processor_takes_it(folders):
+    readers = [Reader(folders(name)) for name in ("qwen2.5-omni", "qwen3-omni")]
+    message = Message("user", (AudioPart(np.zeros(3 * readers[1]._listener.n_samples, np.float32), 16_000),))
+    with pytest.raises(RequestRefusedError, match="hears at most"):
+        readers[0].read((message,))  # it would cut the sound
+    assert readers[1].read((message,))["feature_attention_mask"].sum() == message.parts[0].samples.size // 160
 
 
 def test_a_model_of_text_refuses_pictures_sounds_and_speech(folders):
@@ -333,6 +380,84 @@ def test_logits_that_are_not_finite_end_that_answer_alone(omni, monkeypatch):
         results |= {event.id: event for event in omni.step() if not isinstance(event, Delta)}
     assert (results["a"].kind, results["a"].message) == ("internal", "the model's logits are not finite")
     assert results["b"].result.usage.completion_tokens == 12
+
+
+def test_what_a_failed_answer_left_in_the_cache_does_not_reach_the_one_that_takes_its_place(folders):
+    folder = folders("packed-llama")
+    model, reader = load_model(folder, dtype=torch.float32), Reader(folder)
+    texts = {"long": "word " * 60, "bad": "a b c d " * 20, "short": "hi"}
+    inputs = {key: reader.read((Message("user", (TextPart(text),)),)) for key, text in texts.items()}
+
+    def write(step_of_failure):
+        batch = Batch(writer_of(model, reader.tokenizer), reader.tokenizer, max_batch=4)
+        for key, one in inputs.items():
+            batch.add(key, one, SamplingParams(max_tokens=30, temperature=0))
+        written, step = {key: [] for key in inputs}, 0
+        while len(batch):
+            step += 1
+            row = [answer.key for answer in batch._running].index("bad") if step == step_of_failure else None
+
+            def overflow(_module, _inputs, output, row=row):
+                if row is not None:
+                    (output[0] if isinstance(output, tuple) else output)[row] = torch.inf
+
+            with model.model.layers[0].register_forward_hook(overflow):
+                for piece in batch.step():
+                    written[piece.key].append(piece.failure or piece.token)
+        return written
+
+    healthy, failed = write(None), write(8)
+    assert failed["bad"][-1] == "the model's logits are not finite"
+    assert [failed[key] for key in ("long", "short")] == [healthy[key] for key in ("long", "short")]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(torch.OutOfMemoryError("injected"), "out_of_memory"), (RuntimeError("x"), "internal")]
+)
+def test_a_prompt_that_cannot_be_read_ends_alone(omni, monkeypatch, error, kind):
+    read = omni._writer.read
+
+    def fail_if_long(inputs):
+        if inputs["input_ids"].shape[1] > 200:
+            raise error
+        return read(inputs)
+
+    monkeypatch.setattr(omni._writer, "read", fail_if_long)
+    omni.admit(_request("a", max_tokens=30))
+    for _ in range(3):
+        omni.step()
+    omni.admit(_request("b", text="word " * 100))
+    results = {}
+    while omni.active:
+        results |= {event.id: event for event in omni.step() if not isinstance(event, Delta)}
+    assert results["b"].kind == kind
+    assert results["a"].result.usage.completion_tokens == 30
+    monkeypatch.setattr(omni, "_is_shared", True)
+    omni.admit(_request("b", text="word " * 100))
+    with pytest.raises(type(error)):  # another rank may wait for this one
+        omni.step()
+    omni.reset()
+
+
+def test_a_speech_that_takes_too_much_memory_ends_alone(omni, monkeypatch):
+    def fail(**_):
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(omni._model.thinker, "generate", fail)
+    omni.admit(_request("a", modalities=("text", "audio")))
+    omni.admit(_request("b", max_tokens=30))
+    results = {}
+    while omni.active:
+        results |= {event.id: event for event in omni.step() if not isinstance(event, Delta)}
+    assert results["a"].kind == "out_of_memory"
+    assert results["b"].result.usage.completion_tokens == 30
+
+
+def test_one_answer_alone_raises_what_its_prompt_fails_with(omni, monkeypatch):
+    monkeypatch.setattr(omni._writer, "read", lambda _inputs: 1 / 0)
+    inputs = omni._reader.read((Message("user", (TextPart("Hello"),)),))
+    with pytest.raises(ZeroDivisionError):
+        next(write_greedily(omni._writer, omni._reader.tokenizer, inputs, 3))
 
 
 @pytest.fixture(scope="module")

@@ -335,6 +335,9 @@ def test_a_language_model_with_tied_weights_equals_its_dequantized_self(tmp_path
     with torch.no_grad():
         assert torch.equal(packed(tokens).logits, dense(tokens).logits)
     assert packed.generation_config.eos_token_id == 63
+    (tmp_path / "generation_config.json").write_text("{damaged")
+    with pytest.raises(CheckpointFormatError, match=r"generation_config.json: is not valid JSON"):
+        load_model(tmp_path, backend="reference")
 
 
 def edit_config(folder, **changes):
@@ -342,6 +345,11 @@ def edit_config(folder, **changes):
     config = json.loads(path.read_text())
     config["quantization_config"].update(changes)
     path.write_text(json.dumps(config))
+
+
+def edit_index(folder, **changes):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def edit_weights(folder, edit):
@@ -360,6 +368,10 @@ def truncate(path):
 
 BREAKAGES = {
     "no model_index.json": (lambda f: (f / "model_index.json").unlink(), "model_index.json: missing"),
+    "component without library and class": (
+        lambda f: edit_index(f, transformer=[]),
+        r"model_index.json: transformer: is \[\], not a library and a class",
+    ),
     "component folder gone": (lambda f: shutil.rmtree(f / "vae"), "vae: missing, though model_index.json"),
     "unknown quant_method": (
         lambda f: edit_config(f, quant_method="gptq"),
@@ -465,18 +477,25 @@ def test_a_hub_id_that_cannot_be_fetched_is_refused_in_one_line(monkeypatch):
         load_pipeline("some/model")
 
 
-def test_a_hub_id_is_fetched_as_a_whole_and_loaded(monkeypatch, source):
-    asked = {}
+def test_of_a_hub_id_diffusers_fetches_what_its_pipeline_needs(monkeypatch, source):
+    """FLUX.1-dev's repository has a copy of the weights in single files, too."""
+    asked = []
 
-    def fetch(repo_id, *, allow_patterns):
-        asked[repo_id] = allow_patterns
+    def fetch(repo_id, *, revision, allow_patterns):
+        asked.append((repo_id, revision, allow_patterns))
+        return str(source)
+
+    def fetch_pipeline(repo_id, **options):
+        asked.append((repo_id, options))
         return str(source)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", fetch_pipeline)
     assert type(load_pipeline("some/model")).__name__ == "FluxPipeline"
-    assert "*.safetensors" in asked["some/model"]
-    others = set(asked["some/model"]) - {"spk_dict.pt"}  # voices, read as tensors alone
-    assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in others)
+    assert asked == [
+        ("some/model", None, ["model_index.json", "config.json"]),
+        ("some/model", {"revision": None, "use_safetensors": True}),
+    ]
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta"])

@@ -26,7 +26,11 @@ _CODES_PER_TOKEN = (
     32  # speech takes about ten codes for each token of text; a talker that runs away takes any number
 )
 
+LEAST_CODES_PER_TOKEN = 2
+"""Codes that a token of text takes at least, of a fast speaker at 12 codes a second."""
+
 _LEAST_CODES = 2  # one that is heard, and the end; without any the models' decoders fail
+_THINKERS_OWN = ("pixel_values",)  # Qwen2.5-Omni would hand it to its talker, too, which refuses it
 
 
 class _NothingToSay(Exception):  # noqa: N818  (no error: the answer is complete without sound)
@@ -40,7 +44,7 @@ class Spoken:
     Attributes:
         tokens: Of the text.
         samples: float32 (samples,) in [-1, 1], `SAMPLE_RATE` of them a second.
-        finish_reason: Why the text ends.
+        finish_reason: Why the answer ends; ``length`` where text or sound was cut.
     """
 
     tokens: tuple[int, ...]
@@ -121,7 +125,8 @@ class Speaker:
     def _speak(self, give_way: Callable[[], None]) -> Spoken:
         model, sampler = self._model, Sampler(self._params, self._prompt)
         device = model.thinker.get_output_embeddings().weight.device
-        codes = 0
+        codes, is_cut = 0, False
+        code_ends = _code_ends(model)
 
         def choose(_ids: Tensor, scores_BV: Tensor) -> Tensor:  # noqa: N803  (shape suffix)
             """Leave no token but the one that is to come."""
@@ -139,17 +144,21 @@ class Speaker:
             return torch.tensor([ended], device=ids.device)
 
         def after_code(ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:
-            nonlocal codes
+            nonlocal codes, is_cut
             give_way()
             codes += 1
             most = min(_CODES_AT_LEAST + _CODES_PER_TOKEN * len(self._tokens), self._max_codes)
+            is_cut = codes >= most and int(ids[0, -1]) not in code_ends
             return torch.tensor([codes >= most], device=ids.device)
 
         # The talker has no generator of its own to be given.
         torch.manual_seed(self._params.seed if self._params.seed is not None else int(torch.seed() % 2**63))
         with torch.inference_mode(), contextlib.suppress(_NothingToSay):
             _, samples = model.generate(
-                **{name: value.to(device) for name, value in self._inputs.items()},
+                **{
+                    f"thinker_{name}" if name in _THINKERS_OWN else name: value.to(device)
+                    for name, value in self._inputs.items()
+                },
                 speaker=self._voice,
                 thinker_do_sample=False,
                 thinker_repetition_penalty=1.0,  # the sampler's own business
@@ -160,9 +169,10 @@ class Speaker:
                 talker_stopping_criteria=[after_code],
                 talker_min_new_tokens=_LEAST_CODES,
                 talker_max_new_tokens=self._max_codes,
-                **_talker_ends(model),
+                talker_eos_token_id=code_ends,
             )
-            return Spoken(tuple(self._tokens), samples.reshape(-1).float().cpu().numpy(), self._reason)
+            reason: FinishReason = "length" if is_cut else self._reason
+            return Spoken(tuple(self._tokens), samples.reshape(-1).float().cpu().numpy(), reason)
         return Spoken(tuple(self._tokens), np.zeros(0, np.float32), self._reason)
 
     def _take(self) -> bool:
@@ -180,9 +190,9 @@ class Speaker:
         return self.has_text
 
 
-def _talker_ends(model: Any) -> dict[str, list[int]]:
-    """Codes that end the talker's work, where ``generate`` would take those of the published model for any."""
+def _code_ends(model: Any) -> list[int]:
+    """Codes that end the talker's work; Qwen2.5-Omni's ``generate`` knows only those of the published model."""
     config = model.config.talker_config
-    if not hasattr(config, "tts_codec_end_token_id"):  # Qwen3-Omni reads its own configuration
-        return {}
-    return {"talker_eos_token_id": [config.tts_codec_pad_token_id, config.tts_codec_end_token_id]}
+    if hasattr(config, "tts_codec_end_token_id"):
+        return [config.tts_codec_pad_token_id, config.tts_codec_end_token_id]
+    return [config.codec_eos_token_id]

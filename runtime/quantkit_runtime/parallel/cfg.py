@@ -13,7 +13,8 @@ exchange the results, and the second call returns what is already there. So
   prompt embeddings) both ranks compute it anew, and guidance that pauses is followed;
 - both ranks hold the same bits and step the same scheduler, which a checksum watches.
 
-Pipelines that put both branches into one call of twice the batch are recognised by that, and the batch is split.
+Pipelines that put both branches into one call of twice the batch are recognised by that, and the batch is split;
+where guidance pauses, the batch is single, and both ranks compute it.
 
 The first step takes as long as on one rank, so N steps take the time of (N + 1) / 2.
 """
@@ -106,7 +107,7 @@ class _Branches:
     watch: Watch
     calls: list[_Call] = field(default_factory=list)
     pair: _Pair | None = None
-    batched: bool = False
+    batch: int | None = None  # of the latents, where one call of twice as many holds both branches
     ready: tuple[_Call, Any] | None = None  # what the second call should be, and its result
     context: Context | None = None
     contexts: dict[nn.Module, Callable[..., Any]] = field(default_factory=dict)
@@ -139,8 +140,9 @@ class _Branches:
             arguments = signature.bind(*args, **kwargs).arguments
             call = _Call({name: snapshot(value) for name, value in arguments.items()}, self.context)
             self.calls.append(call)
-            if self.batched:
-                return self._split(original, call)
+            if self.batch is not None:
+                is_guided = _denoised(call).shape[0] == 2 * self.batch
+                return self._split(original, call) if is_guided else original(*args, **kwargs)
             if len(self.calls) == 1 and self.pair is not None:
                 return self._both(module, original, call)
             if len(self.calls) == 2 and self.ready is not None:
@@ -155,11 +157,12 @@ class _Branches:
 
     def end_step(self, latents: Tensor | None) -> None:
         """Learn from the calls of a step, before the scheduler goes on."""
-        if len(self.calls) == 2 and self.pair is None and not self.batched:
+        if len(self.calls) == 2 and self.pair is None and self.batch is None:
             self.pair = self._learn(*self.calls)
         elif len(self.calls) == 1 and self.watch.step == 0:
-            self.batched = _holds_both_branches(self.calls[0], latents)
-            if not self.batched:
+            if latents is not None and _denoised(self.calls[0]).shape[0] == 2 * latents.shape[0]:
+                self.batch = latents.shape[0]
+            else:
                 raise ParallelError(
                     "guidance is off: the denoiser is called once per step, so there is no second branch to run at "
                     "the same time; turn guidance on (for FLUX true_cfg_scale above 1 and a negative prompt), or "
@@ -236,10 +239,6 @@ class _Branches:
         first, second = self._exchange(mine)
         _, rebuild = _open(mine)
         return rebuild(torch.cat([_open(first)[0], _open(second)[0]]))
-
-
-def _holds_both_branches(call: _Call, latents: Tensor | None) -> bool:
-    return latents is not None and _denoised(call).shape[0] == 2 * latents.shape[0]
 
 
 def _denoised(call: _Call) -> Tensor:

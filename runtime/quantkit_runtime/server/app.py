@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 
 import quantkit_runtime
+from quantkit_runtime.server.checks import check_defaults
 from quantkit_runtime.server.deployment import Deployment, Deployments
 from quantkit_runtime.server.errors import add_handlers
 from quantkit_runtime.server.job_store import JobStore
@@ -33,7 +34,11 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
     Args:
         settings: What to serve and how.
         make_engine: Makes the engine of a model; processes on this machine if left out.
+
+    Raises:
+        SettingsError: A default is none that a request could give.
     """
+    check_defaults(settings)
     several = len(settings.models) > 1
     make = make_engine or (
         lambda spec: EngineGroup(spec, settings.patience, log_format=settings.log_format, shares_cores=several)

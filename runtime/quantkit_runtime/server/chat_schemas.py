@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from quantkit_runtime.server.schemas import Seed, Strict
 
@@ -63,11 +63,38 @@ class AudioUrlContent(Strict):
 Content = Annotated[TextContent | ImageContent | AudioContent | AudioUrlContent, Field(discriminator="type")]
 
 
+class EarlierAudio(Strict):
+    """How an earlier answer sounded, as the server told it; nothing is kept, so its transcript stands for it."""
+
+    id: str
+    data: str | None = None
+    expires_at: int | None = None
+    transcript: str | None = None
+
+
 class MessageBody(Strict):
-    """One turn of a conversation."""
+    """One turn of a conversation; an answer can be sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Content]
+    name: str | None = Field(None, max_length=256, description="Accepted for all models, used by none")
+    refusal: str | None = None
+    audio: EarlierAudio | None = None
+    tool_calls: None = None
+    function_call: None = None
+    annotations: None = None
+    content: str | list[Content] | None
+
+    @field_validator("content")
+    @classmethod
+    def _is_said(cls, content: str | list[Content] | None, others: ValidationInfo) -> str | list[Content] | None:
+        """Put what an answer without a text said in its place."""
+        if content is not None:
+            return content
+        audio: EarlierAudio | None = others.data.get("audio")
+        said: str | None = audio.transcript if audio is not None else others.data.get("refusal")
+        if said is None:
+            raise ValueError("is missing, and there is neither a transcript nor a refusal to stand for it")
+        return said
 
 
 class StreamOptions(Strict):

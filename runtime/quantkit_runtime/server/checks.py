@@ -5,18 +5,51 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from quantkit_runtime.server.chat_schemas import ChatBody
 from quantkit_runtime.server.errors import bad_request
 from quantkit_runtime.server.models.diffusion import OPTIONS
 from quantkit_runtime.server.protocol import ImageRequest, ModelInfo, VideoRequest
+from quantkit_runtime.server.schemas import ImageEditForm, Strict, VideoForm
+from quantkit_runtime.server.settings import SettingsError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from quantkit_runtime.server.deployment import Deployment
-    from quantkit_runtime.server.schemas import ImageOptions, Sampling, VideoForm
-    from quantkit_runtime.server.settings import Limits
+    from quantkit_runtime.server.schemas import ImageOptions, Sampling
+    from quantkit_runtime.server.settings import Limits, Settings
 
 _SEEDS = 2**53
+_DEFAULTS: dict[type[Strict], tuple[str, ...]] = {
+    VideoForm: ("negative_prompt", "width", "height", "num_frames", "fps", *OPTIONS[:-1]),
+    ImageEditForm: ("strength",),
+    ChatBody: (
+        *("max_tokens", "temperature", "top_p", "top_k"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+    ),
+}
+"""Fields whose defaults can be set, by a body that has them."""
+
+
+def check_defaults(settings: Settings) -> None:
+    """Check the values that stand for what requests leave out as if a request gave them.
+
+    Raises:
+        SettingsError: One is of no such field, or no request could give it.
+    """
+    fields = {name: schema for schema, names in _DEFAULTS.items() for name in names}
+    for spec in settings.models.values():
+        for name, value in spec.defaults.items():
+            schema = fields.get(name)
+            if schema is None:
+                raise SettingsError(f"--default {name}: cannot be set for all requests; use {', '.join(fields)}")
+            try:
+                schema.__pydantic_validator__.validate_assignment(schema.model_construct(), name, value)
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                raise SettingsError(f"--default {name}={value}: {reason[0].lower()}{reason[1:]}") from error
 
 
 def image_request(
@@ -37,7 +70,7 @@ def image_request(
         seeds=tuple((seed + index) % _SEEDS for index in range(body.n)),
         width=width,
         height=height,
-        options=_options(body, deployment),
+        options=_options(body, deployment, limits),
         negative_prompt=body.negative_prompt
         if body.negative_prompt is not None
         else deployment.default("negative_prompt"),
@@ -80,7 +113,7 @@ def video_request(
         height=height,
         num_frames=frames,
         fps=fps,
-        options=_options(body, deployment),
+        options=_options(body, deployment, limits),
         negative_prompt=body.negative_prompt
         if body.negative_prompt is not None
         else deployment.default("negative_prompt"),
@@ -100,13 +133,15 @@ def _check_sampling(body: Sampling, info: ModelInfo, limits: Limits) -> None:
         raise bad_request(f"num_inference_steps: at most {limits.max_steps}, not {steps}", "num_inference_steps")
 
 
-def _options(body: Sampling, deployment: Deployment) -> dict[str, Any]:
+def _options(body: Sampling, deployment: Deployment, limits: Limits) -> dict[str, Any]:
     options = {}
     for name in OPTIONS:
         value = getattr(body, name, None)
         value = deployment.default(name) if value is None else value
         if value is not None and name in deployment.info.parameters:
             options[name] = value
+    if "num_inference_steps" in options:  # the model's own number may be above the limit
+        options["num_inference_steps"] = min(options["num_inference_steps"], limits.max_steps)
     return options
 
 

@@ -7,6 +7,7 @@ stays short.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
@@ -14,13 +15,16 @@ import os
 import signal
 import tempfile
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quantkit_runtime.errors import MissingDependencyError
 from quantkit_runtime.server.app import create_app
+from quantkit_runtime.server.checks import check_defaults
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.logs import set_up_logging
 from quantkit_runtime.server.settings import Cluster, Settings, SettingsError
@@ -42,7 +46,9 @@ class Replica:
         # What is kept here is this replica's, and goes with it.
         self._folder = tempfile.TemporaryDirectory(prefix="quantkit-replica-")
         self._app = create_app(dataclasses.replace(settings, cluster=None, state_dir=Path(self._folder.name)))
-        self._app.add_middleware(NoJobs)
+        # Innermost, so that a key is asked for first, and the answer has an id and is logged.
+        self._app.user_middleware.append(Middleware(NoJobs))
+        self._app.router.lifespan_context = self._until_ready(self._app.router.lifespan_context)
         paths = self._app.openapi()["paths"]
         for path in [path for path in paths if _is_of_jobs(path)]:
             del paths[path]
@@ -50,6 +56,19 @@ class Replica:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the app; Ray asks for it under this name."""
         return self._app
+
+    def _until_ready(self, lifespan: Any) -> Any:
+        """Return a lifespan that has begun once the models are loaded, so that Ray sends nothing before."""
+
+        @contextlib.asynccontextmanager
+        async def waiting(app: Any) -> AsyncIterator[Any]:
+            async with lifespan(app) as state:
+                started = self._app.state.context.started
+                assert started is not None
+                await asyncio.shield(started)
+                yield state
+
+        return waiting
 
     def check_health(self) -> None:
         """Raise if an engine never came up; Ray then starts the replica anew, perhaps on another node."""
@@ -76,7 +95,7 @@ class NoJobs:
 
 
 def _is_of_jobs(path: str) -> bool:
-    return path.startswith("/v1/videos") and path != "/v1/videos/sync"
+    return path == "/v1/videos" or (path.startswith("/v1/videos/") and path != "/v1/videos/sync")
 
 
 def serve_on_cluster(settings: Settings) -> None:
@@ -84,20 +103,22 @@ def serve_on_cluster(settings: Settings) -> None:
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        SettingsError: The cluster cannot be reached, or a model cannot be loaded on it.
+        SettingsError: A default is none that a request could give, the cluster cannot be reached, or a model cannot
+            be loaded on it.
     """
     assert settings.cluster is not None
+    check_defaults(settings)
     ray, serve = _import_ray()
     set_up_logging(settings.log_format)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves this machine unasked
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     try:
         ray.init(address=settings.cluster.address, ignore_reinit_error=True, log_to_driver=False)
     except (ConnectionError, ValueError) as error:
         raise SettingsError(f"--ray-address {settings.cluster.address}: cannot be reached ({error})") from error
     try:
+        # Now, because Ray's start puts its own in their place, which end the process where it is.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
         serve.start(
             proxy_location="EveryNode",
             http_options={
@@ -109,13 +130,29 @@ def serve_on_cluster(settings: Settings) -> None:
         try:
             serve.run(bind(settings), name=NAME, route_prefix="/", blocking=False)
         except RuntimeError as error:
-            raise SettingsError(f"Ray could not start the replicas ({error}); its dashboard tells more") from error
+            reason = " ".join(str(error).split())
+            raise SettingsError(
+                f"the replicas could not be started, or could not load a model ({reason}); the logs in Ray's "
+                "session folder on their machines tell more"
+            ) from error
         log.info("ready", extra={"url": f"http://{settings.host}:{settings.port}", "models": list(settings.models)})
-        stop.wait()
+        threading.Event().wait()
+    except _Stopped:
+        log.info("stopping")
     finally:
         with contextlib.suppress(Exception):
             serve.shutdown()
         ray.shutdown()
+
+
+class _Stopped(BaseException):
+    """Raised by a signal, wherever the start or the wait is."""
+
+
+def _stop(_number: int, _frame: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # the end is not to be interrupted
+        signal.signal(number, signal.SIG_IGN)
+    raise _Stopped
 
 
 def bind(settings: Settings) -> Any:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import secrets
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantkit_runtime.server.chat_schemas import AudioContent, ChatBody, ImageContent, SpeechBody, TextContent
+from quantkit_runtime.server.chat_schemas import (
+    AudioContent,
+    AudioUrlContent,
+    ChatBody,
+    ImageContent,
+    SpeechBody,
+    TextContent,
+)
 from quantkit_runtime.server.errors import bad_request
 from quantkit_runtime.server.media import SOUND_RATE, decode_audio, decode_base64, decode_image
 from quantkit_runtime.server.protocol import (
@@ -18,18 +26,34 @@ from quantkit_runtime.server.protocol import (
     SpeechRequest,
     TextPart,
 )
-from quantkit_runtime.server.remote import fetch
+from quantkit_runtime.server.remote import TOTAL_S, fetch
 
 if TYPE_CHECKING:
-    from quantkit_runtime.server.chat_schemas import AudioUrlContent
     from quantkit_runtime.server.deployment import Deployment
     from quantkit_runtime.server.settings import Limits, Settings
 
 _DEFAULT_MAX_TOKENS = 1024
 
 
-def chat_request(body: ChatBody, deployment: Deployment, settings: Settings, request_id: str) -> ChatRequest:
-    """Return a chat; decodes, so it is called in a thread.
+def names_urls(body: ChatBody) -> bool:
+    """Return whether something of a chat has to be fetched."""
+    parts = [part for message in body.messages if isinstance(message.content, list) for part in message.content]
+    urls = [part.image_url.url for part in parts if isinstance(part, ImageContent)]
+    urls += [part.audio_url.url for part in parts if isinstance(part, AudioUrlContent)]
+    return any(not url.startswith("data:") for url in urls)
+
+
+def chat_request(
+    body: ChatBody, deployment: Deployment, settings: Settings, request_id: str, arrived: float
+) -> ChatRequest:
+    """Return a chat; fetches and decodes, so it is called in a thread.
+
+    Args:
+        body: What came.
+        deployment: The model.
+        settings: Of the server.
+        request_id: For the engine.
+        arrived: When, by ``time.monotonic``; what is fetched is given up some time after it.
 
     Raises:
         ApiError: A field is not what model or limits allow.
@@ -45,7 +69,14 @@ def chat_request(body: ChatBody, deployment: Deployment, settings: Settings, req
         raise bad_request("max_tokens: give either max_tokens or max_completion_tokens", "max_tokens")
     voice = body.audio.voice if body.audio is not None else None
     _check_voice(voice, deployment, "audio.voice")
-    reader = _Reader(deployment, settings, limits.max_upload_pixels, limits.max_audio_s, limits.max_prompt_chars)
+    reader = _Reader(
+        deployment,
+        settings,
+        limits.max_upload_pixels,
+        limits.max_audio_s,
+        limits.max_prompt_chars,
+        arrived + min(TOTAL_S, limits.request_timeout_s),
+    )
     return ChatRequest(
         id=request_id,
         messages=tuple(
@@ -90,7 +121,7 @@ def speech_request(body: SpeechBody, deployment: Deployment, settings: Settings,
 
 def _check_voice(voice: str | None, deployment: Deployment, param: str) -> None:
     voices = deployment.info.voices
-    if voice is not None and voice not in voices:
+    if voice is not None and voice.lower() not in map(str.lower, voices):
         raise bad_request(f"{param}: unknown; {deployment.name} has {', '.join(voices) or 'none'}", param)
 
 
@@ -113,11 +144,13 @@ class _Reader:
     pixels: int
     audio_s: float
     chars: int
+    deadline: float
 
     def read(
-        self, content: str | list[TextContent | ImageContent | AudioContent | AudioUrlContent], param: str
+        self, content: str | list[TextContent | ImageContent | AudioContent | AudioUrlContent] | None, param: str
     ) -> list[Part]:
         """Return the parts of one message."""
+        assert content is not None  # the schema has put something in its place
         if isinstance(content, str):
             return [self._text(content)]
         return [self._part(part, f"{param}.{index}") for index, part in enumerate(content)]
@@ -165,4 +198,8 @@ class _Reader:
                 f"{param}: send the data itself, as data:...;base64,...; this server fetches no URLs",
                 param, "remote_media_disabled",
             )  # fmt: skip
-        return fetch(url, limits.max_upload_bytes, param)
+        left_s = self.deadline - time.monotonic()
+        if left_s <= 0:
+            most = min(TOTAL_S, limits.request_timeout_s)
+            raise bad_request(f"{param}: the URLs of this request take more than {most:g} s", param, "fetch_failed")
+        return fetch(url, limits.max_upload_bytes, param, left_s)

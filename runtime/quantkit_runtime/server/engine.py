@@ -19,7 +19,7 @@ from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from quantkit_runtime.errors import ParallelError, QuantkitRuntimeError
+from quantkit_runtime.errors import BackendUnavailableError, ParallelError, QuantkitRuntimeError
 from quantkit_runtime.server.failures import classify, free_memory, is_broken, loaded_torch, reason_of
 from quantkit_runtime.server.inbox import Inbox
 from quantkit_runtime.server.logs import set_up_logging
@@ -56,14 +56,18 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     set_up_logging(os.environ.get("QUANTKIT_LOG_FORMAT", "json"), process=f"engine-{rank}")
     inbox = Inbox(connection)
+    is_up = False
     try:
         with ExitStack() as stack:
             model = _start(spec, inbox, stack)
             engine = Engine(model, inbox, ranks=spec.ranks)
             inbox.send(Ready(model.info))
+            is_up = True
             engine.serve()
     except QuantkitRuntimeError as error:
-        inbox.send(StartFailed(str(error), is_mistake=True))
+        # A device may come back, and ranks fail when another one is gone.
+        may_pass = is_up or isinstance(error, (BackendUnavailableError, ParallelError))
+        inbox.send(StartFailed(str(error), is_mistake=not may_pass))
     except BaseException as error:
         log.error("engine failed", exc_info=error)
         inbox.send(StartFailed(reason_of(error), is_mistake=False))

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-_NO_RETRY = {"x-should-retry": "false"}  # the openai client tries a 5xx again without it
+NO_RETRY = {"x-should-retry": "false"}
+"""Header without which the openai client tries a 5xx again."""
 
 
 class ApiError(Exception):
@@ -65,9 +66,9 @@ def error_of(failed: Failed) -> ApiError:
     if failed.kind == "refused":
         return bad_request(failed.message, failed.param)
     if failed.kind == "timeout":
-        return ApiError(504, failed.message, code="timeout", headers=_NO_RETRY)
+        return ApiError(504, failed.message, code="timeout", headers=NO_RETRY)
     if failed.kind == "out_of_memory":
-        return ApiError(507, failed.message, code="out_of_memory", headers=_NO_RETRY)
+        return ApiError(507, failed.message, code="out_of_memory", headers=NO_RETRY)
     if failed.kind == "engine_down":
         return ApiError(503, failed.message, code="engine_down", headers={"Retry-After": "5"})
     if failed.kind == "stopped":

@@ -119,12 +119,16 @@ class JobStore:
         except BlockingIOError:
             self._guard.close()
             raise SettingsError(f"--state-dir {folder}: another server uses it; give another folder") from None
-        self._database = sqlite3.connect(folder / "jobs.sqlite", check_same_thread=False)
-        self._database.row_factory = sqlite3.Row
         try:
-            self._open()
-        except sqlite3.DatabaseError as error:
-            self.close()
+            self._database = sqlite3.connect(folder / "jobs.sqlite", check_same_thread=False)
+            try:
+                self._database.row_factory = sqlite3.Row
+                self._open()
+            except BaseException:
+                self._database.close()
+                raise
+        except (sqlite3.Error, OSError) as error:
+            self._guard.close()
             raise SettingsError(f"{folder / 'jobs.sqlite'}: cannot be opened ({error}); move it away") from error
 
     def close(self) -> None:
@@ -143,9 +147,14 @@ class JobStore:
         body_hash: str,
         idempotency_key: str | None,
     ) -> tuple[Job, bool]:
-        """Return a new job, or the one that this key was used for before; and whether it is new."""
+        """Return a new job, or the one that this key was used for before; and whether it is new.
+
+        Raises:
+            OSError: The picture cannot be kept; like the next, it leaves nothing behind.
+            sqlite3.Error: The job cannot.
+        """
         identity = f"video_{uuid.uuid4().hex}"
-        with self._transaction() as database:
+        with self._undone_on_error(identity), self._transaction() as database:
             if idempotency_key is not None:
                 found = database.execute(_BY_KEY, (owner, idempotency_key)).fetchone()
                 if found is not None:
@@ -296,6 +305,14 @@ class JobStore:
         self.picture_file(identity).unlink(missing_ok=True)
 
     @contextmanager
+    def _undone_on_error(self, identity: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._unlink(identity)
+            raise
+
+    @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock, self._database:
             yield self._database
@@ -310,8 +327,12 @@ def _job(row: sqlite3.Row) -> Job:
 def _write(path: Path, data: bytes) -> None:
     """Write a file that is there whole or not at all."""
     part = path.with_suffix(path.suffix + ".part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)  # it would fill a full disk
+        raise

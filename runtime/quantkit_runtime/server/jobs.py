@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from quantkit_runtime.server.deployment import Deployment
-from quantkit_runtime.server.errors import ApiError
+from quantkit_runtime.server.errors import NO_RETRY, ApiError
 from quantkit_runtime.server.job_store import Job, JobStore
 from quantkit_runtime.server.media import decode_image, encode_image, encode_mp4
 from quantkit_runtime.server.protocol import Finished, Frames, Progress, VideoRequest
@@ -68,20 +69,26 @@ class Jobs:
         """Return a new job, or the one that the same key made before.
 
         Raises:
-            ApiError: Too many jobs wait, their files take too much, or the key was used for something else.
+            ApiError: Too many jobs wait, their files take too much, the key was used for something else, or the
+                store fails, as on a full disk.
         """
-        if idempotency_key is not None:
-            made = await asyncio.to_thread(self._store.made_by, owner, idempotency_key)
-            if made is not None:
-                return _of_same_request(made, body_hash)
-        await self._check_room()
         picture = None
         if asked.image is not None:
             picture = await asyncio.to_thread(encode_image, asked.image)
         fields = {name: value for name, value in vars(asked).items() if name not in ("id", "image")}
-        job, is_new = await asyncio.to_thread(
-            self._store.create, owner, model, fields, picture, body_hash=body_hash, idempotency_key=idempotency_key
-        )
+        keys: dict[str, Any] = {"body_hash": body_hash, "idempotency_key": idempotency_key}
+        try:
+            if idempotency_key is not None:
+                made = await asyncio.to_thread(self._store.made_by, owner, idempotency_key)
+                if made is not None:
+                    return _of_same_request(made, body_hash)
+            await self._check_room()
+            job, is_new = await asyncio.to_thread(self._store.create, owner, model, fields, picture, **keys)
+        except (OSError, sqlite3.Error) as error:
+            log.error("a video job cannot be kept", exc_info=error)
+            raise ApiError(
+                507, "the job cannot be kept; the server's disk may be full", code="storage_full", headers=NO_RETRY
+            ) from error
         if is_new:
             self._arrived[model].set()
         return _of_same_request(job, body_hash)
@@ -147,6 +154,9 @@ class Jobs:
 
     async def _work(self, deployment: Deployment) -> None:
         """Run the next job, or wait for one."""
+        if deployment.engine.state == "failed":  # jobs wait for the next start of the server
+            await asyncio.sleep(_RETRY_S)
+            return
         arrived = self._arrived[deployment.name]
         arrived.clear()
         job = await asyncio.to_thread(self._store.start_next, deployment.name)
@@ -182,6 +192,9 @@ class Jobs:
                     video = await asyncio.to_thread(encode_mp4, event.result.pixels, asked.fps)
                     await asyncio.to_thread(self._store.complete, job.id, video)
         except ApiError as error:
+            if deployment.engine.state == "failed":
+                await asyncio.to_thread(self._store.requeue, job.id)
+                return
             await asyncio.to_thread(self._store.fail, job.id, error.code or "failed", error.message)
         except Exception as error:
             log.error("job failed", exc_info=error, extra={"job": job.id})

@@ -51,7 +51,13 @@ class TextFormatter(logging.Formatter):
         extra = {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if (current := request_id.get()) is not None:
             extra.setdefault("request_id", current)
-        return super().format(record) + "".join(f" {key}={value}" for key, value in extra.items())
+        return super().format(record) + "".join(f" {key}={_in_line(value)}" for key, value in extra.items())
+
+
+def _in_line(value: object) -> str:
+    """Return a value as text that cannot begin another line, or move a terminal's cursor, whoever sent it."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)
 
 
 def set_up_logging(style: str, process: str = "server", stream: TextIO | None = None) -> None:

@@ -6,10 +6,11 @@ import base64
 import binascii
 import io
 import re
+import struct
 import warnings
 import wave
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -37,6 +38,9 @@ SOUND_TYPES = {
 
 _ENCODERS = {"mp3": ("libmp3lame", "mp3"), "flac": ("flac", "flac"), "opus": ("libopus", "ogg")}
 _PICTURES = ("PNG", "JPEG", "WEBP")
+_ORIENTATION = 0x0112
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+"""Values of ``PIL.Image.Transpose`` by EXIF's orientation."""
 _MAX_SCANS = 256  # of a JPEG; usual ones have ten, and each costs a pass over all pixels however few bytes it has
 # Pillow tells of broken metadata in ever new words, and Python keeps each warning that it has shown.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -52,6 +56,8 @@ _SOUNDS = {
     b"\xff\xf3": "mp3",
     b"\xff\xf2": "mp3",
 }
+_ROUNDING_S = 1e-6  # of the sum of many frames
+_LEAST_RATE = 4_000  # speech has 8000; at one sample a second a small file becomes hours, in one piece
 # WAV and Ogg may hold any codec; only these are opened.
 _CODECS = (
     *("pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_f64le", "pcm_alaw", "pcm_mulaw"),
@@ -103,6 +109,8 @@ def encode_sound(samples: np.ndarray, rate: int, form: str) -> bytes:
         return buffer.getvalue()
     import av
 
+    if not short.size:  # an answer too short to be spoken; these encoders take no empty frame
+        short = np.zeros(rate // 10, np.int16)
     codec, container_name = _ENCODERS[form]
     with av.open(buffer, "w", format=container_name) as container:
         stream = container.add_stream(codec, rate=48_000 if form == "opus" else rate, layout="mono")
@@ -119,7 +127,7 @@ def decode_image(data: bytes, limits: Limits, param: str, max_pixels: int | None
     Raises:
         ApiError: It is none of these, damaged or too large.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     _check_bytes(data, limits, param)
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MAX_SCANS:
@@ -134,11 +142,33 @@ def decode_image(data: bytes, limits: Limits, param: str, max_pixels: int | None
                     param=param,
                     code="image_too_large",
                 )
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+            turn = _turn_of(picture)
+            upright = _in_8_bits(picture)
+            return np.asarray((upright if turn is None else upright.transpose(turn)).convert("RGB"))
     except UnidentifiedImageError:
         raise bad_request(f"{param}: is no PNG, JPEG or WebP picture", param, "invalid_image") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise bad_request(f"{param}: cannot be decoded ({error})", param, "invalid_image") from None
+
+
+def _turn_of(picture: Any) -> int | None:
+    """Return how a photograph is turned back; None where it says nothing that can be read.
+
+    Pillow's ``exif_transpose`` writes the other tags anew, and fails on those that have odd types.
+    """
+    try:
+        return _TURNS.get(picture.getexif().get(_ORIENTATION))
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):
+        return None
+
+
+def _in_8_bits(picture: Any) -> Any:
+    """Return a picture of grey in 16 bits in 8, which Pillow would cut at 255, not scale."""
+    from PIL import Image
+
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
 
 
 def decode_audio(data: bytes, limits: Limits, param: str, max_s: float | None = None) -> np.ndarray:
@@ -160,7 +190,7 @@ def decode_audio(data: bytes, limits: Limits, param: str, max_s: float | None = 
     if form is None:
         raise bad_request(f"{param}: is no WAV, MP3, FLAC or Ogg sound", param, "invalid_audio")
     parts: list[np.ndarray] = []
-    left = int((limits.max_audio_s if max_s is None else max_s) * SOUND_RATE)
+    left_s = limits.max_audio_s if max_s is None else max_s
     try:
         allowed = {"codec_whitelist": ",".join(_CODECS)}
         with av.open(io.BytesIO(data), format=form, options=allowed, metadata_errors="replace") as container:
@@ -171,16 +201,21 @@ def decode_audio(data: bytes, limits: Limits, param: str, max_s: float | None = 
             resampler = av.AudioResampler(format="flt", layout="mono", rate=SOUND_RATE)
             frames = container.decode(stream)
             for frame in frames:
-                for piece in resampler.resample(frame):
-                    parts.append(piece.to_ndarray().reshape(-1))
-                    left -= parts[-1].size
-                if left < 0:
+                if frame.sample_rate < _LEAST_RATE:
+                    raise bad_request(
+                        f"{param}: has {frame.sample_rate} samples a second; at least {_LEAST_RATE} are read here",
+                        param,
+                        "invalid_audio",
+                    )
+                left_s -= frame.samples / frame.sample_rate  # before it is resampled, which may take any memory
+                if left_s < -_ROUNDING_S:
                     raise ApiError(
                         413,
                         f"{param}: more than {limits.max_audio_s:g} s of sound in one request",
                         param=param,
                         code="audio_too_long",
                     )
+                parts += [piece.to_ndarray().reshape(-1) for piece in resampler.resample(frame)]
             parts += [piece.to_ndarray().reshape(-1) for piece in resampler.resample(None)]
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise bad_request(f"{param}: cannot be decoded ({error})", param, "invalid_audio") from None

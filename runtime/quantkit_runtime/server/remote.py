@@ -8,16 +8,17 @@ import ipaddress
 import socket
 import ssl
 import threading
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from quantkit_runtime.server.errors import ApiError, bad_request
 
 _TIMEOUT_S = 10.0  # for each piece
-_TOTAL_S = 60.0  # a thread waits for it, of which there are few
+TOTAL_S = 60.0
+"""For all that one request names: a thread waits for it, of which there are few."""
 _CHUNK = 2**16
 
 
-def fetch(url: str, max_bytes: int, param: str) -> bytes:
+def fetch(url: str, max_bytes: int, param: str, total_s: float = TOTAL_S) -> bytes:
     """Fetch a URL; redirects are not followed.
 
     The address is looked up once and checked, and the connection goes to it, so that a name cannot point elsewhere
@@ -27,6 +28,7 @@ def fetch(url: str, max_bytes: int, param: str) -> bytes:
         url: http or https.
         max_bytes: Of the answer.
         param: Field of the request, for errors.
+        total_s: Until it is given up.
 
     Raises:
         ApiError: It is no such URL, points into a private network, or does not answer as it should.
@@ -41,8 +43,8 @@ def fetch(url: str, max_bytes: int, param: str) -> bytes:
     port = port or (443 if parts.scheme == "https" else 80)
     try:
         address = _public_address(host, port, param)
-        with socket.create_connection((address, port), _TIMEOUT_S) as plain:
-            return _get(plain, parts.scheme, host, _target(parts.path, parts.query), max_bytes, param)
+        with socket.create_connection((address, port), min(_TIMEOUT_S, total_s)) as plain:
+            return _get(plain, parts, max_bytes, param, total_s)
     except (OSError, http.client.HTTPException, UnicodeError):
         raise bad_request(f"{param}: {host} cannot be reached", param, "fetch_failed") from None
 
@@ -57,8 +59,9 @@ def _public_address(host: str, port: int, param: str) -> str:
     return str(min(found, key=lambda address: (":" in str(address), str(address))))
 
 
-def _get(plain: socket.socket, scheme: str, host: str, target: str, max_bytes: int, param: str) -> bytes:
-    connection = http.client.HTTPConnection(host, timeout=_TIMEOUT_S)
+def _get(plain: socket.socket, parts: SplitResult, max_bytes: int, param: str, total_s: float) -> bytes:
+    host = parts.hostname or ""
+    connection = http.client.HTTPConnection(host, parts.port or 80, timeout=_TIMEOUT_S)  # it is connected already
     connection.sock = wire = plain
     is_late = threading.Event()
 
@@ -67,16 +70,19 @@ def _get(plain: socket.socket, scheme: str, host: str, target: str, max_bytes: i
         with contextlib.suppress(OSError):
             wire.shutdown(socket.SHUT_RDWR)
 
-    timer = threading.Timer(_TOTAL_S, give_up)
+    timer = threading.Timer(total_s, give_up)
     timer.daemon = True
     timer.start()
     try:
-        if scheme == "https":
+        if parts.scheme == "https":
             connection.sock = wire = secure = ssl.create_default_context().wrap_socket(
                 plain, server_hostname=host, do_handshake_on_connect=False
             )
             secure.do_handshake()
-        connection.request("GET", target, headers={"Accept": "image/*, audio/*"})
+        # http.client would leave out the port, and the brackets of an IPv6 address.
+        name = parts.netloc.encode("idna").decode("ascii")
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.request("GET", target, headers={"Host": name, "Accept": "image/*, audio/*"})
         response = connection.getresponse()
         if response.status != 200:
             raise bad_request(f"{param}: {host} answers {response.status}", param, "fetch_failed")
@@ -91,11 +97,8 @@ def _get(plain: socket.socket, scheme: str, host: str, target: str, max_bytes: i
     except (OSError, http.client.HTTPException):
         if not is_late.is_set():
             raise
-        raise bad_request(f"{param}: {host} takes more than {_TOTAL_S:g} s", param, "fetch_failed") from None
+        most_s = round(total_s, 1)
+        raise bad_request(f"{param}: {host} takes more than {most_s:g} s", param, "fetch_failed") from None
     finally:
         timer.cancel()
         connection.close()
-
-
-def _target(path: str, query: str) -> str:
-    return (path or "/") + (f"?{query}" if query else "")

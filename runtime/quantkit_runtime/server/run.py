@@ -27,7 +27,7 @@ def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs.
 
     Raises:
-        SettingsError: The address cannot be bound.
+        SettingsError: The address cannot be bound, or a default is none that a request could give.
         EngineStartError: A model cannot be loaded.
         MissingDependencyError: The environment asks for traces, which need another extra.
     """
@@ -37,10 +37,11 @@ def serve(settings: Settings) -> None:
         serve_on_cluster(settings)
         return
     set_up_logging(settings.log_format)
-    # uvicorn ends by raising the signal again that it was stopped by; having drained is no failure.
-    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+    server = Server(settings)
+    # Until uvicorn listens to signals, and when it has drained and raises the one again that it was stopped by.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: setattr(server, "should_exit", True))
     with exporting(), bind(settings) as bound:
-        asyncio.run(_serve(settings, bound))
+        asyncio.run(_serve(server, settings, bound))
 
 
 class Server(uvicorn.Server):
@@ -77,9 +78,8 @@ class Server(uvicorn.Server):
         await end_requests(self.context, f"the server stops; what runs gets {self._drain_s:g} s to end")
 
 
-async def _serve(settings: Settings, bound: socket.socket) -> None:
+async def _serve(server: Server, settings: Settings, bound: socket.socket) -> None:
     begin = time.perf_counter()
-    server = Server(settings)
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     starting = asyncio.create_task(_wait_started(server))
     host, port = bound.getsockname()[:2]
@@ -87,10 +87,10 @@ async def _serve(settings: Settings, bound: socket.socket) -> None:
     log.info("listening", extra={"url": url, "models": list(settings.models)})
     try:
         await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
-        if starting.done() and not serving.done():
+        if starting.done() and not starting.cancelled():
             starting.result()
             log.info("ready", extra={"url": url, "seconds": round(time.perf_counter() - begin, 1)})
-            await serving
+        await serving
     except QuantkitRuntimeError:
         server.should_exit = True
         await serving

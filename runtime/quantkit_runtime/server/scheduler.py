@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from opentelemetry.context import Context
@@ -43,12 +43,15 @@ class Ticket:
     Attributes:
         request: What to run.
         client: Whose turn it takes; turns go round between clients.
+        user: For whom the client asks; its turns go round between its users.
+        streams: Whether pieces of the answer are told as they come; else with its end, so that it can begin again.
         events: What happened, ended by `Finished` or `Failed`.
         submitted: When, by ``time.monotonic``.
         place: In the trace of the HTTP request.
         sent: When it was last sent to an engine.
         tries: Times it was sent to an engine.
         wait_s: From the submission until it was first sent.
+        pieces: Of the answer, that wait for its end.
         has_output: Whether some of the answer is out.
         has_ended: Whether its last event has come.
         timer: Ends it when its time is up.
@@ -56,12 +59,15 @@ class Ticket:
 
     request: Request
     client: str
+    user: str = ""
+    streams: bool = False
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     submitted: float = field(default_factory=time.monotonic)
     place: Context = field(default_factory=tracing.current)
     sent: float | None = None
     tries: int = 0
     wait_s: float | None = None
+    pieces: list[Delta] = field(default_factory=list)
     has_output: bool = False
     has_ended: bool = False
     timer: asyncio.TimerHandle | None = None
@@ -80,6 +86,14 @@ class Ticket:
         """Tell of an event; nothing follows the end."""
         if self.has_ended:
             return
+        if isinstance(event, Delta):
+            if not self.streams:
+                self.pieces.append(event)
+                return
+            self.has_output = True
+        if isinstance(event, Finished):
+            for piece in self.pieces:
+                self.events.put_nowait(piece)
         self.has_ended = isinstance(event, (Finished, Failed))
         if self.has_ended and self.timer is not None:
             self.timer.cancel()
@@ -111,7 +125,8 @@ class Scheduler:
         self._model = model
         self._max_queue = max_queue
         self._max_tries = max_tries
-        self._waiting: OrderedDict[tuple[str, bool], deque[Ticket]] = OrderedDict()  # the next turn first
+        # Of each client by user; on both levels the next turn comes first.
+        self._waiting: OrderedDict[tuple[str, bool], OrderedDict[str, deque[Ticket]]] = OrderedDict()
         self._running: dict[str, Ticket] = {}
         self._recent_s: deque[float] = deque(maxlen=16)
         self._closed: str | None = None  # why nothing runs any more
@@ -123,21 +138,32 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Number of requests in the queue."""
-        return sum(len(tickets) for tickets in self._waiting.values())
+        return sum(len(tickets) for users in self._waiting.values() for tickets in users.values())
 
     @property
     def running(self) -> int:
         """Number of requests in the engine."""
         return len(self._running)
 
-    def submit(self, request: Request, client: str, *, timeout_s: float | None, bounded: bool = True) -> Ticket:
+    def submit(
+        self,
+        request: Request,
+        client: str,
+        *,
+        user: str = "",
+        timeout_s: float | None,
+        bounded: bool = True,
+        streams: bool = False,
+    ) -> Ticket:
         """Put a request into the queue.
 
         Args:
             request: What to run.
             client: Whose turn it takes.
+            user: For whom the client asks.
             timeout_s: From now until its end; None for ever.
             bounded: Whether the queue's limit counts.
+            streams: Whether pieces of an answer are wanted as they come; one that began is not begun again.
 
         Raises:
             ApiError: The queue is full (429), closed or of an engine that never came up (503).
@@ -154,21 +180,23 @@ class Scheduler:
                 code="queue_full",
                 headers={"Retry-After": str(self._retry_after_s())},
             )
-        ticket = Ticket(request, client)
+        ticket = Ticket(request, client, user, streams)
         if timeout_s is not None:
             loop = asyncio.get_running_loop()
             ticket.timer = loop.call_later(timeout_s, self._time_out, ticket, timeout_s)
-        self._waiting.setdefault(ticket.queue, deque()).append(ticket)
+        self._queue_of(ticket).append(ticket)
         self._dispatch()
         return ticket
 
-    async def run(self, request: Request, client: str, *, timeout_s: float | None) -> tuple[Finished, Ticket]:
+    async def run(
+        self, request: Request, client: str, *, user: str = "", timeout_s: float | None
+    ) -> tuple[Finished, Ticket]:
         """Run a request to its end; cancelling this coroutine stops it at its next step.
 
         Raises:
             ApiError: It was refused or failed.
         """
-        ticket = self.submit(request, client, timeout_s=timeout_s)
+        ticket = self.submit(request, client, user=user, timeout_s=timeout_s)
         async for event in self.follow(ticket):
             if isinstance(event, Finished):
                 return event, ticket
@@ -197,9 +225,8 @@ class Scheduler:
             self._stop(ticket, "cancelled", "cancelled")
 
     def _time_out(self, ticket: Ticket, timeout_s: float) -> None:
-        self._stop(
-            ticket, "timeout", f"not done within {timeout_s:g} s, {'running' if ticket.tries else 'waiting'}"
-        )
+        state = "running" if ticket.tries else "waiting"
+        self._stop(ticket, "timeout", f"not done within {round(timeout_s, 1):g} s, {state}")
 
     def _stop(self, ticket: Ticket, kind: FailureKind, message: str) -> None:
         if ticket.request.id in self._running:
@@ -208,18 +235,24 @@ class Scheduler:
             self._forget(ticket)
         self._end(ticket, Failed(ticket.request.id, kind, message))
 
+    def _queue_of(self, ticket: Ticket) -> deque[Ticket]:
+        return self._waiting.setdefault(ticket.queue, OrderedDict()).setdefault(ticket.user, deque())
+
     def _forget(self, ticket: Ticket) -> None:
-        tickets = self._waiting.get(ticket.queue)
-        if tickets is not None and ticket in tickets:
+        users = self._waiting.get(ticket.queue, OrderedDict())
+        tickets = users.get(ticket.user, deque())
+        if ticket in tickets:
             tickets.remove(ticket)
             if not tickets:
+                del users[ticket.user]
+            if not users:
                 del self._waiting[ticket.queue]
             self._metrics.queue_depth(self._model, self.waiting)
 
     def _dispatch(self) -> None:
         info = self.engine.info
         while info is not None and self.engine.state == "ready":
-            heads = (tickets[0] for tickets in self._waiting.values())
+            heads = (next(iter(users.values()))[0] for users in self._waiting.values())
             first = next((ticket for ticket in heads if self._has_room(ticket, info)), None)
             if first is None:
                 break
@@ -248,14 +281,14 @@ class Scheduler:
                 items += ticket.request.items
         for ticket in batch:
             self._forget(ticket)
-        if first.queue in self._waiting:
+        if (users := self._waiting.get(first.queue)) is not None:
             self._waiting.move_to_end(first.queue)
+            if first.user in users:
+                users.move_to_end(first.user)
         return batch
 
     def _in_turn(self) -> list[Ticket]:
-        queues = [list(tickets) for tickets in self._waiting.values()]
-        longest = max(map(len, queues), default=0)
-        return [tickets[place] for place in range(longest) for tickets in queues if place < len(tickets)]
+        return _in_turn([_in_turn(list(users.values())) for users in self._waiting.values()])
 
     def _send(self, batch: list[Ticket]) -> None:
         now = time.monotonic()
@@ -280,11 +313,8 @@ class Scheduler:
             self._end(ticket, event)
             self._dispatch()
             return
-        if isinstance(event, Progress):
-            if event.step > 1:  # the first holds the encoding of the prompt, too
-                self._metrics.step(self._model, event.step_s)
-        else:
-            ticket.has_output = True
+        if isinstance(event, Progress) and event.step > 1:  # the first holds the encoding of the prompt, too
+            self._metrics.step(self._model, event.step_s)
         ticket.put(event)
 
     def _end(self, ticket: Ticket, event: Finished | Failed) -> None:
@@ -311,7 +341,9 @@ class Scheduler:
             if ticket.has_ended:
                 continue
             if ticket.tries < self._max_tries and not ticket.has_output:
-                self._waiting.setdefault(ticket.queue, deque()).appendleft(ticket)
+                ticket.pieces.clear()
+                self._queue_of(ticket).appendleft(ticket)
+                self._waiting[ticket.queue].move_to_end(ticket.user, last=False)
                 self._waiting.move_to_end(ticket.queue, last=False)
                 log.warning("request will run again", extra={"request_id": ticket.request.id})
             else:
@@ -337,3 +369,9 @@ class Scheduler:
 def _streams(info: ModelInfo) -> bool:
     """Whether a model takes requests while others run."""
     return bool(info.kinds & {"chat", "speech"})
+
+
+def _in_turn(queues: Sequence[Sequence[Ticket]]) -> list[Ticket]:
+    """Return the first of each queue, then the second of each, and so on."""
+    longest = max(map(len, queues), default=0)
+    return [tickets[place] for place in range(longest) for tickets in queues if place < len(tickets)]

@@ -83,7 +83,7 @@ class ImageOptions(Sampling):
 class ImageRequestBody(ImageOptions):
     """``POST /v1/images/generations``."""
 
-    stream: bool = Field(False, description="Answer with server-sent events: progress, then the pictures")
+    stream: bool = Field(False, description="Answer with server-sent events: progress, then each picture")
 
 
 class ImageEditForm(ImageOptions, StrictForm):

@@ -155,16 +155,25 @@ def is_loopback(host: str) -> bool:
 def read_api_keys(file: Path | None) -> tuple[str, ...]:
     """Read keys from a file, one in each line, or from the environment.
 
+    Lines that are empty or begin with ``#`` are skipped.
+
     Raises:
-        SettingsError: The file cannot be read or holds none.
+        SettingsError: The file cannot be read or holds none, or a key holds white space, which no request can send.
     """
     if file is None:
-        found = os.environ.get(API_KEY_VARIABLE, "").strip()
-        return (found,) if found else ()
-    try:
-        lines = file.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--api-key-file {file}: cannot be read ({error})") from error
-    if not lines:
-        raise SettingsError(f"--api-key-file {file}: holds no key; write one per line")
-    return tuple(lines)
+        source, lines = API_KEY_VARIABLE, [os.environ.get(API_KEY_VARIABLE, "")]
+    else:
+        source = f"--api-key-file {file}"
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{source}: cannot be read ({error})") from error
+    keys = []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if len(line.split()) > 1 and not line.startswith("#"):  # the line itself is not shown: it may be a key
+            raise SettingsError(f"{source}: line {number} holds white space; write one key per line")
+        if line and not line.startswith("#"):
+            keys.append(line)
+    if file is not None and not keys:
+        raise SettingsError(f"{source}: holds no key; write one per line")
+    return tuple(keys)

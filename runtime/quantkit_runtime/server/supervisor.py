@@ -85,7 +85,8 @@ class EngineGroup:
         shares_cores: Whether engines of other models run on this machine, too.
 
     Attributes:
-        state: ``starting``, ``ready``, ``down`` (to be started again), ``failed`` (never came up), ``stopped``.
+        state: ``starting``, ``ready``, ``down`` (to be started again), ``failed`` (never came up, or cannot again),
+            ``stopped``.
         info: What the model can do; known from the first ready state on.
         reason: Why it is not ready, for people.
         phases: Seconds of each part of the last start.
@@ -260,7 +261,7 @@ class EngineGroup:
         self.on_ready()
 
     def _on_start_failed(self, message: StartFailed) -> None:
-        self._lose(message.message)
+        self._lose(message.message, is_mistake=message.is_mistake)
 
     async def _watch(self) -> None:
         patience = self.patience
@@ -284,26 +285,28 @@ class EngineGroup:
         """Tell when a running request must make progress."""
         self._busy = busy
 
-    def _lose(self, reason: str | None) -> None:
-        """Give up these processes: kill what is left of them, and start new ones."""
+    def _lose(self, reason: str | None, *, is_mistake: bool = False) -> None:
+        """Give up these processes: kill what is left of them, and start new ones unless that cannot help."""
         self._generation += 1
         ranks, self._ranks = self._ranks, []
         was_up = self._came_up is None or self._came_up.done()
         self.state = "down"
-        self._keep(self._after_loss(ranks, reason, was_up=was_up))
+        self._keep(self._after_loss(ranks, reason, was_up=was_up, is_mistake=is_mistake))
 
-    async def _after_loss(self, ranks: list[_Rank], reason: str | None, *, was_up: bool) -> None:
+    async def _after_loss(self, ranks: list[_Rank], reason: str | None, *, was_up: bool, is_mistake: bool) -> None:
         codes = await asyncio.gather(*(asyncio.to_thread(_end, rank, 0.0) for rank in ranks))
         if reason is None:
             reason = _exit_reason([code for code in codes if code is not None])
         self.reason = f"the engine is being restarted: {reason}"
         log.error("engine lost", extra={"reason": reason})
+        is_final = is_mistake or not was_up
+        if is_final:
+            self.state, self.reason = "failed", reason
         if not was_up:
             assert self._came_up is not None
-            self.state, self.reason = "failed", reason
             self._came_up.set_exception(EngineStartError(reason))
         self.on_down(reason)
-        if not was_up:
+        if is_final:
             return
         self.restarts += 1
         self._failures += 1

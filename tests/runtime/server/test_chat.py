@@ -3,13 +3,19 @@
 import base64
 import io
 import json
+import os
+import signal
 import wave
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import openai
 import pytest
 import serving
 from PIL import Image
+from pydantic import ValidationError
+
+from quantkit_runtime.server.chat_schemas import ChatBody
 
 PATH = "/v1/chat/completions"
 
@@ -68,6 +74,9 @@ def test_a_stream_has_pieces_a_reason_usage_and_an_end(client):
     assert "".join(texts) == "one two three "
     assert [c["choices"][0]["finish_reason"] for c in chunks[:-1]] == [None] * 4 + ["stop"]
     assert (chunks[-1]["choices"], chunks[-1]["usage"]["total_tokens"]) == ([], 6)
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * 5
+    with client.stream("POST", PATH, json=ask(stream=True)) as answer:
+        assert not any("usage" in json.loads(piece) for piece in events_of(answer)[:-1])
 
 
 def test_requests_are_answered_at_the_same_time(client):
@@ -162,6 +171,28 @@ def test_a_mistake_deep_in_a_message_is_named_by_its_place(client):
         assert (done.status_code, done.json()["error"]["param"]) == (400, param)
 
 
+@pytest.mark.parametrize("more", [{}, {"modalities": ["text", "audio"]}])
+def test_an_answer_can_be_sent_back_as_the_next_turn(client, more):
+    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0) as sdk:
+        messages = [{"role": "user", "content": "one two", "name": "me"}]
+        for _ in range(2):
+            answer = sdk.chat.completions.create(model="chat", messages=messages, **more)
+            messages += [answer.choices[0].message, {"role": "user", "content": "three"}]
+        messages[1] = messages[1].model_dump()
+        assert sdk.chat.completions.create(model="chat", messages=messages, **more).usage.completion_tokens == 1
+
+
+def test_what_an_answer_said_stands_for_its_text():
+    def said(**message):
+        return ChatBody(messages=[{"role": "assistant", "content": None, **message}]).messages[0].content
+
+    assert said(audio={"id": "a", "transcript": "aloud"}) == "aloud"
+    assert said(refusal="no") == "no"
+    for message in ({}, {"audio": {"id": "a"}}):
+        with pytest.raises(ValidationError, match="neither"):
+            said(**message)
+
+
 def test_many_pictures_share_one_limit(client):
     half = image_part(data_url("image/png", picture((512, 300))))["messages"][0]["content"]
     done = client.post(PATH, json={"messages": [{"role": "user", "content": half * 2}]})
@@ -177,6 +208,21 @@ def test_a_stream_that_began_ends_with_an_error_if_the_engine_is_lost(client):
     assert client.post(PATH, json=ask()).status_code == 200
 
 
+@pytest.mark.parametrize("path", [PATH, "/v1/audio/speech"])
+def test_an_answer_that_is_not_streamed_survives_the_loss_of_the_engine(client, path):
+    pids = list(client.server.engine.pids)
+    words = "word " * 40
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.post, path, json=ask(words) if path == PATH else {"input": words})
+        serving.until(lambda: any(ticket.pieces for ticket in client.server.scheduler._running.values()))
+        os.kill(pids[0], signal.SIGKILL)
+        done = waiting.result()
+    assert done.status_code == 200, done.text
+    if path == PATH:
+        assert done.json()["choices"][0]["message"]["content"] == words
+    assert client.server.engine.pids != pids
+
+
 def test_a_caller_that_leaves_a_stream_stops_its_answer(client):
     with client.stream("POST", PATH, json=ask(" ".join(["word"] * 64), stream=True)) as answer:
         next(answer.iter_lines())
@@ -190,6 +236,10 @@ def test_speech_comes_in_the_format_that_is_asked_for(client, form, magic):
     assert done.content.startswith(magic)
     assert done.headers["content-type"].startswith("audio/")
     assert len(done.content) > 100
+
+
+def test_a_voice_is_known_however_it_is_written(client):
+    assert client.post("/v1/audio/speech", json={"input": "one", "voice": "cHELSIE"}).status_code == 200
 
 
 def test_speech_checks_its_fields(client):

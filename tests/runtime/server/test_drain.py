@@ -1,10 +1,14 @@
 """What requests are told that outlast the drain after SIGTERM."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -110,3 +114,40 @@ def test_engines_that_do_not_listen_yet_are_ended_side_by_side(settings, monkeyp
         serving.until(lambda: all("import" in engine.phases for engine in engines))
         began = time.monotonic()
     assert time.monotonic() - began < 3
+
+
+_SERVE = """
+import os, signal, sys, tempfile, threading
+from pathlib import Path
+from quantkit_runtime.server import run
+from quantkit_runtime.server.protocol import ModelSpec
+from quantkit_runtime.server.settings import Settings
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+moment = sys.argv[1]
+if moment == "begin":  # before uvicorn listens to signals
+    bind = run.bind
+    run.bind = lambda settings: stop() or bind(settings)
+else:
+    threading.Timer(3.0, stop).start()
+spec = ModelSpec("x", loader="serving:load_slowly")
+run.serve(Settings({"x": spec}, port=0, state_dir=Path(tempfile.mkdtemp()), drain_s=1, log_format="text"))
+"""
+
+
+@pytest.mark.parametrize("moment", ["begin", "loading"])
+def test_a_server_that_is_told_to_stop_before_it_is_ready_ends_well(moment):
+    environment = {**os.environ, "PYTHONPATH": str(Path(serving.__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", _SERVE, moment],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=40,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ready" not in done.stderr

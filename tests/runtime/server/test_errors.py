@@ -1,5 +1,7 @@
 """Every error that an operation documents is answered by it; the fixture ``serve`` looks for any other one."""
 
+import asyncio
+import errno
 from dataclasses import replace
 
 import httpx2
@@ -86,11 +88,20 @@ def test_a_documented_error_is_answered(serve, loading, method, path, status):
         answer = ask(loading, method, path.format(video_id="x"))
     elif (method, path, status) == ("GET", "/v1/videos", 404):
         answer = authorized(serve("images", api_keys=(KEY,))).get(path)
+    elif (method, path, status) == ("POST", "/v1/videos", 507):
+        client = authorized(serve(*KINDS, api_keys=(KEY,), max_jobs=1000))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(client.server.context.running_jobs._store, "create", full_disk)
+            answer = ask(client, method, path)
     elif status in SETTINGS:
         answer = ask(authorized(serve(*KINDS, api_keys=(KEY,), **SETTINGS[status])), method, path)
     else:
         answer = provoke(authorized(serve(*KINDS, api_keys=(KEY,), max_jobs=1000)), method, path, status)
     assert answer.status_code == status, answer.text
+
+
+def full_disk(*_arguments, **_options):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_replica_of_a_cluster_does_not_document_the_jobs_that_it_refuses(settings, monkeypatch):
@@ -101,6 +112,25 @@ def test_a_replica_of_a_cluster_does_not_document_the_jobs_that_it_refuses(setti
     paths = replica.__serve_build_asgi_app__().openapi()["paths"]
     assert [path for path in paths if "videos" in path] == ["/v1/videos/sync"]
     replica._folder.cleanup()  # what it keeps goes with it
+
+
+def test_a_replica_that_refuses_a_job_has_asked_for_the_key_before(settings, monkeypatch):
+    from quantkit_runtime.server import cluster
+
+    monkeypatch.setattr(cluster, "set_up_logging", lambda *_arguments, **_options: None)
+    replica = cluster.Replica(settings("videos", api_keys=(KEY,)))
+
+    async def ask(path, headers):
+        transport = httpx2.ASGITransport(app=replica.__serve_build_asgi_app__())
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.get(path, headers=headers)
+
+    key = {"Authorization": f"Bearer {KEY}"}
+    asked = [("/v1/videos", {}), ("/v1/videos", key), ("/v1/videos/x", key), ("/v1/videosx", key)]
+    answers = [asyncio.run(ask(*one)) for one in asked]
+    assert [answer.status_code for answer in answers] == [401, 501, 501, 404]
+    assert all("x-request-id" in answer.headers for answer in answers)
+    replica._folder.cleanup()
 
 
 def authorized(client):

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -14,6 +15,8 @@ import pytest
 import serving
 from serving import IMAGES as PATH
 from serving import red, together
+
+from quantkit_runtime.server.protocol import ModelSpec
 
 ONE = {"prompt": "a cat", "seed": 3}
 
@@ -181,6 +184,28 @@ def test_a_model_that_never_loads_is_an_error_of_the_start(settings):
     with serving.running(settings("broken"), wait=False) as server:
         serving.until(server.context.started.done)
         assert "no such weights" in str(server.context.started.exception())
+
+
+def test_an_engine_that_cannot_start_again_is_left_with_its_reason_and_its_jobs_wait(settings, tmp_path):
+    file = tmp_path / "model"
+    file.touch()
+    models = {"videos": ModelSpec(str(file), loader="serving:load_videos_of_file")}
+    choice = replace(settings("videos", state_dir=tmp_path / "state"), models=models)
+    slow = {"prompt": (None, "slow"), "num_inference_steps": (None, "50")}
+    with serving.running(choice) as server, httpx2.Client(base_url=server.url, timeout=30) as client:
+        jobs = [client.post("/v1/videos", files=slow).json()["id"] for _ in range(2)]
+        serving.until(lambda: server.scheduler.running)
+        file.unlink()
+        os.kill(server.engine.pids[0], signal.SIGKILL)
+        serving.until(lambda: server.engine.state == "failed")
+        restarts = server.engine.restarts
+        assert "missing" in client.get("/ready").text
+        refused = client.post("/v1/videos/sync", files=slow)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_down")
+        assert "missing" in refused.json()["error"]["message"]
+        serving.until(lambda: [client.get(f"/v1/videos/{job}").json()["status"] for job in jobs] == ["queued"] * 2)
+        time.sleep(1.5)
+        assert server.engine.restarts == restarts
 
 
 def test_before_the_model_is_loaded_requests_are_told_to_come_back(settings):

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 
+import openai
 import pytest
 from PIL import Image
 from serving import IMAGES as PATH
@@ -38,13 +39,24 @@ def test_the_output_format_is_as_asked(client, form, magic):
     assert base64.b64decode(body["data"][0]["b64_json"]).startswith(magic)
 
 
-def test_a_stream_tells_of_each_step_and_ends_with_the_pictures(client):
-    with client.stream("POST", PATH, json={"prompt": "a cat", "num_inference_steps": 3, "stream": True}) as answer:
+def test_a_stream_tells_of_each_step_and_ends_with_each_picture(client):
+    asked = {"prompt": "a cat", "num_inference_steps": 3, "n": 2, "seed": 7}
+    with client.stream("POST", PATH, json={**asked, "stream": True}) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
-    assert [(event.get("step"), event.get("steps")) for event in events[:-1]] == [(1, 3), (2, 3), (3, 3)]
-    assert events[-1]["type"] == "image_generation.completed"
-    assert len(events[-1]["data"]) == 1
+    assert [(event.get("step"), event.get("steps")) for event in events[:-2]] == [(1, 3), (2, 3), (3, 3)]
+    whole = client.post(PATH, json=asked).json()
+    for event, picture in zip(events[-2:], whole["data"], strict=True):
+        assert event.pop("created_at") > 0
+        common = {"type": "image_generation.completed", "output_format": "png", "size": whole["size"]}
+        assert event == {**picture, **common}
+
+
+def test_the_openai_client_finds_the_picture_of_a_stream(client):
+    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0) as sdk:
+        *_, last = sdk.images.generate(model="images", prompt="a cat", stream=True)
+    assert base64.b64decode(last.b64_json).startswith(b"\x89PNG")
+    assert (last.type, last.output_format, last.size) == ("image_generation.completed", "png", "64x64")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +89,12 @@ def test_a_mistake_is_named_with_its_field_and_limit(client, change, param, word
     assert error["type"] == "invalid_request_error"
     assert param in error["message"]
     assert words in error["message"]
+
+
+def test_the_models_own_number_of_steps_is_within_the_limit_too(serve):
+    with serve("images", max_steps=1).stream("POST", PATH, json={"prompt": "a cat", "stream": True}) as answer:
+        steps = [json.loads(line[6:]).get("steps") for line in answer.iter_lines() if line.startswith("data: ")]
+    assert steps == [1, None]  # its default is 2
 
 
 def test_a_missing_prompt_is_named(client):

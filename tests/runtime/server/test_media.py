@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from quantkit_runtime.server.errors import ApiError
-from quantkit_runtime.server.media import decode_audio, decode_base64, decode_image, encode_mp4, encode_sound
+from quantkit_runtime.server.media import (
+    SOUND_TYPES,
+    decode_audio,
+    decode_base64,
+    decode_image,
+    encode_mp4,
+    encode_sound,
+)
 from quantkit_runtime.server.png import encode_png
 from quantkit_runtime.server.settings import Limits
 
@@ -55,6 +62,35 @@ def test_a_turned_photograph_is_turned_back():
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter to the right
     assert decode_image(saved("JPEG", exif=exif), LIMITS, "image").shape == (20, 10, 3)
+
+
+def exif_of(*tags):
+    """Return EXIF of tags as they are given: number, type, count, value."""
+    entries = b"".join(struct.pack("<HHI", *tag[:3]) + tag[3] for tag in tags)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("odd", [(0x0100, 11, 1, struct.pack("<f", 64.0)), (0x010E, 11, 1, struct.pack("<f", 1.0))])
+def test_odd_metadata_keeps_no_photograph_from_being_turned(odd):
+    turned = (0x0112, 3, 1, struct.pack("<I", 6))
+    data = saved("JPEG", exif=exif_of(*sorted([odd, turned])))
+    assert decode_image(data, LIMITS, "image").shape == (20, 10, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_as_pillow_does(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8)).save(buffer, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(buffer))
+    assert np.array_equal(decode_image(buffer.getvalue(), LIMITS, "image"), np.asarray(expected))
+
+
+def test_grey_of_16_bits_is_scaled():
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 256, 32_768, 65_535]], np.uint16)).save(buffer, "PNG")
+    assert decode_image(buffer.getvalue(), LIMITS, "image")[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 @pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "ICO"])
@@ -107,6 +143,47 @@ def test_sounds_come_back_at_one_rate(form, rate):
     assert samples.dtype == np.float32
     assert 0.19 < samples.size / 16_000 < 0.32  # lossy formats pad
     assert 0.4 < np.abs(samples).max() < 0.65
+
+
+@pytest.mark.parametrize("form", SOUND_TYPES)
+def test_an_answer_without_sound_is_a_short_silence_at_most(form):
+    data = encode_sound(np.zeros(0, np.float32), 24_000, form)
+    assert (form in ("pcm", "pcm16")) == (data == b"")
+    if form in ("mp3", "flac", "opus"):
+        assert 0 < decode_audio(data, LIMITS, "sound").size < 4_000
+
+
+def sound_of(samples, rate):
+    """Return a FLAC that declares any rate."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="flac") as container:
+        stream = container.add_stream("flac", rate=rate, layout="mono", options={"frame_size": "65535"})
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, samples), np.int16), format="s16", layout="mono")
+        frame.sample_rate = rate
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def test_a_sound_of_few_samples_a_second_is_refused_before_it_becomes_hours(monkeypatch):
+    monkeypatch.setattr(av, "AudioResampler", lambda **_options: None)  # what it resamples would fail
+    with pytest.raises(ApiError, match="1 samples a second") as caught:
+        decode_audio(sound_of(65_535, 1), LIMITS, "sound")
+    assert caught.value.code == "invalid_audio"
+
+
+def test_a_long_sound_is_refused_before_it_is_resampled(monkeypatch):
+    monkeypatch.setattr(av, "AudioResampler", lambda **_options: None)
+    with pytest.raises(ApiError) as caught:
+        decode_audio(sound_of(65_535, 8_000), LIMITS, "sound")
+    assert (caught.value.status, caught.value.code) == (413, "audio_too_long")
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 44_100])
+def test_a_sound_of_exactly_the_limit_is_taken(rate):
+    limits = Limits(max_audio_s=7.0)
+    samples = decode_audio(encode_sound(np.zeros(7 * rate, np.float32), rate, "wav"), limits, "sound")
+    assert samples.size == 7 * 16_000
 
 
 MAGIC = (b"", b"\x89PNG\r\n\x1a\n", b"RIFF", b"OggS", b"ID3", b"fLaC", b"\xff\xd8")

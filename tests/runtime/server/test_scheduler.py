@@ -9,6 +9,7 @@ from quantkit_runtime.server.metrics import Metrics
 from quantkit_runtime.server.protocol import (
     Cancel,
     ChatRequest,
+    Delta,
     Failed,
     Finished,
     ImageRequest,
@@ -83,6 +84,23 @@ def test_clients_take_turns_however_many_requests_one_has(engine, run):
         for identity in ("a0", "a1", "b0", "a2"):
             engine.finish(identity)
         assert engine.runs == [["a0"], ["a1"], ["b0"], ["a2"], ["a3"]]
+
+    run(body())
+
+
+def test_a_client_of_many_users_gets_no_more_turns_and_its_users_share_them(engine, run):
+    async def body():
+        scheduler = scheduler_of(engine)
+        width = iter(range(16, 1000, 16))  # so that none fits together
+        for user in "ux":
+            for index in range(2):
+                asked = picture(f"a-{user}{index}", width=next(width))
+                scheduler.submit(asked, "a", user=user, timeout_s=None)
+        for index in range(3):
+            scheduler.submit(picture(f"b{index}", width=next(width)), "b", timeout_s=None)
+        for _ in range(6):
+            engine.finish(*engine.runs[-1])
+        assert [run[0] for run in engine.runs] == ["a-u0", "a-u1", "b0", "a-x0", "b1", "a-x1", "b2"]
 
     run(body())
 
@@ -231,6 +249,25 @@ def test_what_a_lost_engine_drew_and_wrote_runs_again_before_others(both, run):
             scheduler.submit(request, "me", timeout_s=None)
         both.lose()
         assert sorted(both.runs[3:]) == [["c0"], ["c1"], ["p0"]]
+
+    run(body())
+
+
+def test_an_answer_of_which_nothing_is_out_is_written_again_from_its_beginning(run):
+    async def body():
+        engine = Notebook(kinds=frozenset({"chat"}))
+        scheduler = scheduler_of(engine)
+        whole = scheduler.submit(chat("whole"), "me", timeout_s=None)
+        streamed = scheduler.submit(chat("streamed"), "me", timeout_s=None, streams=True)
+        for identity in ("whole", "streamed"):
+            engine.on_event(Delta(identity, "lost"))
+        engine.lose()
+        assert [type(streamed.events.get_nowait()) for _ in range(2)] == [Delta, Failed]
+        assert engine.runs == [["whole"], ["streamed"], ["whole"]]
+        engine.on_event(Delta("whole", "again"))
+        engine.finish("whole")
+        assert whole.events.get_nowait().text == "again"
+        assert isinstance(whole.events.get_nowait(), Finished)
 
     run(body())
 

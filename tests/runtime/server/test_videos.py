@@ -1,6 +1,7 @@
 """/v1/videos: at once and as jobs; what becomes of jobs when the server ends."""
 
 import dataclasses
+import errno
 import io
 import sqlite3
 import time
@@ -298,6 +299,33 @@ def test_a_damaged_database_is_a_clear_error(tmp_path):
     (tmp_path / "jobs.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(SettingsError, match="move it away"):
         JobStore(tmp_path, TTL_S)
+
+
+def test_a_database_that_cannot_even_be_opened_is_a_clear_error_and_leaves_the_folder(tmp_path):
+    (tmp_path / "jobs.sqlite").mkdir()
+    with pytest.raises(SettingsError, match="unable to open"):
+        JobStore(tmp_path, TTL_S)
+    (tmp_path / "jobs.sqlite").rmdir()
+    JobStore(tmp_path, TTL_S).close()
+
+
+def test_what_cannot_be_kept_leaves_no_files(tmp_path, monkeypatch):
+    store = JobStore(tmp_path, TTL_S)
+    job, _ = store.create("", "m", {}, None, body_hash="", idempotency_key=None)
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quantkit_runtime.server.job_store.os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            store.create("", "m", {}, b"picture", body_hash="", idempotency_key=None)
+        with pytest.raises(OSError, match="No space"):
+            store.complete(job.id, b"video")
+    with pytest.raises(TypeError):  # which ends the transaction, once the picture is written
+        store.create("", "m", {"no JSON": object()}, b"picture", body_hash="", idempotency_key=None)
+    assert [file.name for file in tmp_path.iterdir() if "video_" in file.name] == []
+    store.close()
 
 
 def test_jobs_of_a_model_that_is_not_served_wait_for_it_and_take_no_place(settings, tmp_path, caplog):

@@ -172,3 +172,14 @@ def test_every_family_that_draws_tells_whether_it_is_guided(name):
     on, off = (family.sampling_for(Sampling(**{family.guidance: scale})) for scale in (2.0, 1.0))
     assert family.is_guided(on)
     assert not family.is_guided(off)
+
+
+def test_of_the_ranks_of_torchrun_the_first_alone_looks_whether_the_output_can_be_written(
+    ask, tmp_path, monkeypatch
+):
+    (tmp_path / "out.png").touch()
+    monkeypatch.setenv("RANK", "1")
+    ask()
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(OutputError, match="exists"):
+        ask()

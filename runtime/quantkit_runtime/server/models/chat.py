@@ -14,9 +14,10 @@ import torch
 from quantkit_runtime.errors import ParallelError, QuantkitRuntimeError
 from quantkit_runtime.generation.batch import Batch, FinishReason, Piece
 from quantkit_runtime.generation.sampling import SamplingParams
-from quantkit_runtime.generation.speech import SAMPLE_RATE, Speaker, voices
+from quantkit_runtime.generation.speech import LEAST_CODES_PER_TOKEN, SAMPLE_RATE, Speaker, voices
 from quantkit_runtime.generation.writer import writer_of
 from quantkit_runtime.parallel.tensor import group_of
+from quantkit_runtime.server.failures import classify, free_memory, is_broken
 from quantkit_runtime.server.models.base import RequestRefusedError, StreamingModel, place_of
 from quantkit_runtime.server.models.conversation import Reader
 from quantkit_runtime.server.protocol import (
@@ -230,19 +231,21 @@ class ChatModel(StreamingModel):
     def _admit_speech(self, request: SpeechRequest) -> None:
         """Have the talker speak a text as if the thinker had answered so."""
         voice = self._voice(request.voice)
-        script = self._reader.tokenizer(request.text, add_special_tokens=False)["input_ids"]
+        # What looks like a special token is read aloud as text; as a token it would end the answer.
+        tokenize = self._reader.tokenizer
+        script = tokenize(request.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         inputs = self._reader.read([Message("user", (TextPart(_READ_ALOUD),))])
         count = inputs["input_ids"].shape[1]
-        if count + len(script) >= self._writer.max_context:
-            raise RequestRefusedError(
-                f"input: {len(script)} tokens; the model takes at most {self._writer.max_context - count - 1}",
-                "input",
-            )
+        most = min(self._writer.max_context - count - 1, request.max_tokens // LEAST_CODES_PER_TOKEN)
+        if len(script) > most:
+            raise RequestRefusedError(f"input: {len(script)} tokens; at most {most} can be spoken here", "input")
         params = SamplingParams(max_tokens=len(script) + 1, temperature=0, seed=request.seed)
         self._to_speak.append(_ToSpeak(request.id, inputs, params, voice, list(script), request.max_tokens))
         self._active[request.id] = _Active(request, len(script), time.perf_counter())
 
     def _tell(self, piece: Piece) -> list[Event]:
+        if piece.error is not None:
+            return [self._fail(piece.key, piece.error)]
         if piece.failure is not None:
             del self._active[piece.key]
             return [Failed(piece.key, "internal", piece.failure)]
@@ -259,16 +262,10 @@ class ChatModel(StreamingModel):
         key, speaker = self._speaker
         try:
             done = speaker.step()
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception as error:
-            if self._is_shared and not speaker.has_text:  # the other ranks may wait inside the thinker
-                raise
-            log.error("speaking failed", exc_info=error, extra={"request_id": key})
+        except Exception as error:  # noqa: BLE001  (raised again, or logged)
             self._speaker = None
             self._said.clear()
-            del self._active[key]
-            return [Failed(key, "internal", f"{type(error).__name__} while speaking")]
+            return [self._fail(key, error, of_this_rank=speaker.has_text)]
         events: list[Event] = list(self._said)
         self._said.clear()
         if done:
@@ -278,6 +275,26 @@ class ChatModel(StreamingModel):
             events.append(Delta(key, samples=spoken.samples, rate=SAMPLE_RATE))
             events.append(self._end(key, spoken.finish_reason))
         return events
+
+    def _fail(self, key: str, error: Exception, *, of_this_rank: bool = False) -> Failed:
+        """Return the end of one answer that failed, if the others can go on.
+
+        Args:
+            key: Of the answer.
+            error: Why.
+            of_this_rank: Whether it was at what is whole on every rank, so that no other one waits for this.
+
+        Raises:
+            Exception: The error, if the others cannot.
+        """
+        kind, message, _ = classify(error)
+        if is_broken(error) or (self._is_shared and (not of_this_rank or kind == "out_of_memory")):
+            raise error
+        log.error("answer failed", exc_info=error, extra={"request_id": key})
+        if kind == "out_of_memory":
+            free_memory(error)
+        del self._active[key]
+        return Failed(key, kind, message)
 
     def _begin(self, one: _ToSpeak) -> tuple[str, Speaker]:
         def say(token: int, text: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from quantkit_runtime.architecture import is_own
 from quantkit_runtime.checkpoint import read_json
@@ -13,6 +15,8 @@ from quantkit_runtime.models.bagel_processor import BagelProcessor
 from quantkit_runtime.optional import import_optional
 from quantkit_runtime.server.models.base import RequestRefusedError
 from quantkit_runtime.server.protocol import AudioPart, ImagePart, Message, TextPart
+
+_LOUDEST = 1e6  # samples are in [-1, 1]; the squares of larger ones overflow
 
 
 class Reader:
@@ -58,6 +62,8 @@ class Reader:
                 read = self._processor(text=text, images=images or None, audio=audio or None, return_tensors="pt")
         except ValueError as error:  # e.g. a picture that is 1 pixel high
             raise RequestRefusedError(f"messages: {error}", "messages") from error
+        if audio:
+            self._check_heard(audio, read)
         return {name: value for name, value in read.items() if name != "token_type_ids"}
 
     @property
@@ -94,14 +100,27 @@ class Reader:
             raise RequestRefusedError(
                 f"messages: sound has {part.rate} samples a second; this model takes {self.audio_rate}", "messages"
             )
-        most = int(self._listener.n_samples)  # what is beyond would be cut off without a word
-        if part.samples.size > most:
+        least = self._listener.n_fft // 2 + 1  # the first window reaches so far
+        if part.samples.size < least:
             raise RequestRefusedError(
-                f"messages: sound of {part.samples.size / part.rate:.1f} s; this model hears at most "
-                f"{most / part.rate:g} s",
-                "messages",
+                f"messages: sound of {part.samples.size} samples; at least {least}", "messages"
+            )
+        if not np.abs(part.samples).max() < _LOUDEST:  # nor is what is no number
+            raise RequestRefusedError(
+                "messages: sound with samples that are not finite or far too large", "messages"
             )
         return part.samples
+
+    def _check_heard(self, audio: Sequence[np.ndarray], read: Mapping[str, Any]) -> None:
+        """Refuse sounds of which the processor has cut off the end: some do beyond their window, without a word."""
+        frames = read["feature_attention_mask"].sum(1).tolist()
+        for samples, heard in zip(audio, frames, strict=True):
+            if (heard + 1) * self._listener.hop_length < samples.size:
+                raise RequestRefusedError(
+                    f"messages: sound of {samples.size / self.audio_rate:.1f} s; this model hears at most "
+                    f"{self._listener.n_samples / self.audio_rate:g} s",
+                    "messages",
+                )
 
 
 def _processor_of(folder: Path) -> Any:

@@ -186,17 +186,18 @@ async function drawImage(model, body, view, signal) {
   let answer;
   if (file) {
     view.bar.removeAttribute("value");
-    answer = await (await call("v1/images/edits", { method: "POST", body: form(body, "image", file), signal })).json();
+    const edited = await call("v1/images/edits", { method: "POST", body: form(body, "image", file), signal });
+    answer = (await edited.json()).data[0];
   } else {
     for await (const event of events(await post("v1/images/generations", { ...body, stream: true }, signal))) {
       if (event.type === "image_generation.progress") view.step(event.step, event.steps);
       else answer = event;
     }
   }
-  const picture = make("img", { alt: body.prompt, src: `data:image/png;base64,${answer.data[0].b64_json}` });
+  const picture = make("img", { alt: body.prompt, src: `data:image/png;base64,${answer.b64_json}` });
   await picture.decode();
   if (picture.naturalWidth < 256) picture.className = "small";
-  view.done(picture, `seed ${answer.data[0].seed}`);
+  view.done(picture, `seed ${answer.seed}`);
   return picture;
 }
 

@@ -7,7 +7,9 @@ import base64
 import time
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from quantkit_runtime.server.chat_schemas import (
     UsageBody,
     chunk,
 )
-from quantkit_runtime.server.conversation import chat_request
+from quantkit_runtime.server.conversation import chat_request, names_urls
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.media import encode_sound
 from quantkit_runtime.server.protocol import Answer, Delta, Finished, Usage
@@ -34,6 +36,7 @@ from quantkit_runtime.server.routes.common import (
     context_of,
     errors,
     first_of,
+    model_header,
     new_id,
     sse,
     unless_gone,
@@ -41,6 +44,8 @@ from quantkit_runtime.server.routes.common import (
 
 if TYPE_CHECKING:
     from quantkit_runtime.server.deployment import Deployment
+
+_FETCHING = ThreadPoolExecutor(16, "fetch")  # apart, so that slow hosts keep nothing waiting that has come whole
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"], responses=errors(*OF_RUNS))
 
@@ -52,10 +57,13 @@ router = APIRouter(prefix="/v1/chat", tags=["chat"], responses=errors(*OF_RUNS))
 )
 async def complete(body: ChatBody, request: Request) -> Any:
     """Answer a conversation with text, sound or both."""
+    arrived = time.monotonic()
     context = context_of(request)
     deployment = context.deployments.find(body.model, "chat", "chat")
-    asked = await asyncio.to_thread(chat_request, body, deployment, context.settings, new_id(request))
-    events = ask(request, deployment, asked, body.user)
+    threads = _FETCHING if context.settings.allow_remote_media and names_urls(body) else None
+    read = partial(chat_request, body, deployment, context.settings, new_id(request), arrived)
+    asked = await asyncio.get_running_loop().run_in_executor(threads, read)
+    events = ask(request, deployment, asked, body.user, streams=body.stream, arrived=arrived)
     if not body.stream:
         return await unless_gone(request, _whole(events, body, deployment))
     started = await unless_gone(request, first_of(events))  # what is refused still gets its own status
@@ -100,7 +108,7 @@ async def _completion(
         choices=[Choice(message=message, finish_reason=finished.result.finish_reason)],
         usage=_usage(finished.result.usage),
     )
-    headers = {"X-Model": deployment.name, "X-Inference-Time-S": f"{finished.seconds:.3f}"}
+    headers = model_header(deployment.name) | {"X-Inference-Time-S": f"{finished.seconds:.3f}"}
     return JSONResponse(completion.model_dump(exclude_none=False), headers=headers)
 
 
@@ -108,19 +116,24 @@ async def _pieces(events: Events, body: ChatBody, deployment: Deployment) -> Asy
     """Yield the answer as server-sent events; ending it early cancels the request."""
     identity, created, name = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), deployment.name
     audio_id = f"audio-{uuid.uuid4().hex}"
-    yield sse(None, chunk(identity, created, name, {"role": "assistant", "content": ""}, None))
+    tells_usage = body.stream_options is not None and body.stream_options.include_usage
+    none_yet: dict[str, Any] = {"usage": None} if tells_usage else {}
+
+    def piece(delta: dict[str, Any] | None, finish: str | None = None) -> dict[str, Any]:
+        return chunk(identity, created, name, delta, finish) | none_yet
+
+    yield sse(None, piece({"role": "assistant", "content": ""}))
     try:
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, Delta):
                     for delta in _deltas(event, audio_id):
-                        yield sse(None, chunk(identity, created, name, delta, None))
+                        yield sse(None, piece(delta))
                 elif isinstance(event, Finished):
                     assert isinstance(event.result, Answer)
-                    yield sse(None, chunk(identity, created, name, {}, event.result.finish_reason))
-                    if body.stream_options is not None and body.stream_options.include_usage:
-                        usage = _usage(event.result.usage).model_dump()
-                        yield sse(None, chunk(identity, created, name, None, None) | {"usage": usage})
+                    yield sse(None, piece({}, event.result.finish_reason))
+                    if tells_usage:
+                        yield sse(None, piece(None) | {"usage": _usage(event.result.usage).model_dump()})
     except ApiError as error:
         yield sse(None, error.body())
     yield sse(None, "[DONE]")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+from urllib.parse import quote
 
 from fastapi import Request
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Events = AsyncGenerator[Progress | Delta | Finished]
 
+_IN_HEADERS = "".join(map(chr, range(32, 127))).replace("%", "")
 _MEANINGS = {
     400: "A field is wrong; param names it",
     401: "No API key, or a wrong one",
@@ -40,7 +43,7 @@ _MEANINGS = {
     500: "The model failed",
     503: "The model is not ready, its engine was lost, or the server stops",
     504: "Not done in time",
-    507: "Out of memory",
+    507: "Out of memory, or of disk for jobs",
 }
 TO_ALL = (401, 403)
 """Statuses that any request may get: the middleware looks who calls."""
@@ -92,16 +95,15 @@ def context_of(request: Request) -> Context:
     return cast("Context", request.app.state.context)
 
 
-def client_of(request: Request, user: str | None = None) -> str:
+def client_of(request: Request) -> str:
     """Return whose turn a request takes."""
-    client = str(request.state.client)
-    return f"{client}/{user}" if user else client
+    return str(request.state.client)
 
 
 def owner_of(request: Request) -> str:
     """Return whose jobs a request may see: those of its key, or all where none is needed."""
     context = context_of(request)
-    return str(request.state.client) if context.settings.api_keys else ""
+    return client_of(request) if context.settings.api_keys else ""
 
 
 def new_id(request: Request) -> str:
@@ -109,21 +111,45 @@ def new_id(request: Request) -> str:
     return f"{request.state.request_id}.{uuid.uuid4().hex[:8]}"
 
 
-def ask(request: Request, deployment: Deployment, asked: Asked, user: str | None) -> Events:
+def ask(
+    request: Request,
+    deployment: Deployment,
+    asked: Asked,
+    user: str | None,
+    *,
+    streams: bool = False,
+    arrived: float | None = None,
+) -> Events:
     """Put a request into the queue of its model; closing its events cancels it.
+
+    Args:
+        request: What came.
+        deployment: The model.
+        asked: What it is to run.
+        user: As the request names one.
+        streams: Whether pieces of an answer are sent as they come.
+        arrived: When, by ``time.monotonic``; None is now.
 
     Raises:
         ApiError: The queue does not take it.
     """
     timeout_s = context_of(request).settings.limits.request_timeout_s
+    if arrived is not None:
+        timeout_s = max(timeout_s - (time.monotonic() - arrived), 0)
     scheduler = deployment.scheduler
-    return scheduler.follow(scheduler.submit(asked, client_of(request, user), timeout_s=timeout_s))
+    ticket = scheduler.submit(asked, client_of(request), user=user or "", timeout_s=timeout_s, streams=streams)
+    return scheduler.follow(ticket)
+
+
+def model_header(name: str) -> dict[str, str]:
+    """Return the header that tells the model; what no header can hold, as in a URL."""
+    return {"X-Model": quote(name, safe=_IN_HEADERS)}
 
 
 def cost_headers(deployment: Deployment, finished: Finished, ticket: Ticket) -> dict[str, str]:
     """Return headers that tell what made an answer, and what that took."""
     return {
-        "X-Model": deployment.name,
+        **model_header(deployment.name),
         "X-Inference-Time-S": f"{finished.seconds:.3f}",
         "X-Queue-Time-S": f"{ticket.wait_s or 0:.3f}",
         "X-Peak-Memory-MB": f"{finished.peak_memory_bytes / 2**20:.0f}",

@@ -79,14 +79,15 @@ async def edit(body: Annotated[ImageEditForm, Form(media_type="multipart/form-da
 
 async def _draw(request: Request, body: ImageOptions, asked: ImageRequest, deployment: Deployment) -> Response:
     timeout_s = context_of(request).settings.limits.request_timeout_s
-    client = client_of(request, body.user)
-    finished, ticket = await deployment.scheduler.run(asked, client, timeout_s=timeout_s)
+    finished, ticket = await deployment.scheduler.run(
+        asked, client_of(request), user=body.user or "", timeout_s=timeout_s
+    )
     headers = cost_headers(deployment, finished, ticket)
     return Response(await _answer(body, asked, finished), headers=headers, media_type="application/json")
 
 
 async def _pieces(events: Events, body: ImageOptions, asked: ImageRequest) -> AsyncIterator[str]:
-    """Yield progress and, at the end, the pictures or an error; ending it early cancels the request."""
+    """Yield progress and, at the end, each picture or an error; ending it early cancels the request."""
     try:
         async with aclosing(events):
             async for event in events:
@@ -95,13 +96,20 @@ async def _pieces(events: Events, body: ImageOptions, asked: ImageRequest) -> As
                     yield sse(kind, {"type": kind, "step": event.step, "steps": event.steps})
                 elif isinstance(event, Finished):
                     kind = "image_generation.completed"
-                    yield sse(kind, f'{{"type":"{kind}",{(await _answer(body, asked, event)).decode()[1:]}')
+                    rest = f'"type":"{kind}","created_at":{int(time.time())},{_rest(body, event).decode()}'
+                    for item in await _items(body, asked, event):
+                        yield sse(kind, f"{item.decode()[:-1]},{rest}")
     except ApiError as error:
         yield sse("error", error.body())
 
 
 async def _answer(body: ImageOptions, asked: ImageRequest, finished: Finished) -> bytes:
     """Return the JSON of the pictures; put together here, because json would look through megabytes for escapes."""
+    items = await _items(body, asked, finished)
+    return b'{"data":[%b],"created":%d,%b' % (b",".join(items), time.time(), _rest(body, finished))
+
+
+async def _items(body: ImageOptions, asked: ImageRequest, finished: Finished) -> list[bytes]:
     assert isinstance(finished.result, Frames)
     quality = 90 if body.output_compression is None else body.output_compression
 
@@ -109,10 +117,12 @@ async def _answer(body: ImageOptions, asked: ImageRequest, finished: Finished) -
         picture = base64.b64encode(encode_image(pixels, body.output_format, quality))
         return b'{"b64_json":"%b","seed":%d}' % (picture, seed)
 
-    pixels = finished.result.pixels
-    items = await asyncio.gather(
-        *(asyncio.to_thread(item, *pair) for pair in zip(pixels, asked.seeds, strict=True))
-    )
-    _, height, width, _ = pixels.shape
-    rest = {"created": int(time.time()), "output_format": body.output_format, "size": f"{width}x{height}"}
-    return b'{"data":[%b],%b' % (b",".join(items), json.dumps(rest).encode()[1:])
+    pairs = zip(finished.result.pixels, asked.seeds, strict=True)
+    return await asyncio.gather(*(asyncio.to_thread(item, *pair) for pair in pairs))
+
+
+def _rest(body: ImageOptions, finished: Finished) -> bytes:
+    """Return what all pictures have in common, up to the end of the object."""
+    assert isinstance(finished.result, Frames)
+    _, height, width, _ = finished.result.pixels.shape
+    return json.dumps({"output_format": body.output_format, "size": f"{width}x{height}"}).encode()[1:]

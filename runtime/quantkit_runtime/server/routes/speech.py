@@ -13,8 +13,17 @@ from quantkit_runtime.server.chat_schemas import SpeechBody
 from quantkit_runtime.server.conversation import speech_request
 from quantkit_runtime.server.errors import ApiError
 from quantkit_runtime.server.media import SOUND_TYPES, encode_sound
-from quantkit_runtime.server.protocol import Delta, Finished
-from quantkit_runtime.server.routes.common import OF_RUNS, Events, ask, context_of, errors, new_id, unless_gone
+from quantkit_runtime.server.protocol import Answer, Delta, Finished
+from quantkit_runtime.server.routes.common import (
+    OF_RUNS,
+    Events,
+    ask,
+    context_of,
+    errors,
+    model_header,
+    new_id,
+    unless_gone,
+)
 
 if TYPE_CHECKING:
     from quantkit_runtime.server.deployment import Deployment
@@ -37,16 +46,22 @@ async def speak(body: SpeechBody, request: Request) -> Response:
 
 async def _sound(events: Events, body: SpeechBody, deployment: Deployment) -> Response:
     pieces: list[np.ndarray] = []
-    rate, seconds = 0, 0.0
+    rate, seconds, reason = 0, 0.0, ""
     async with aclosing(events):
         async for event in events:
             if isinstance(event, Delta) and event.samples is not None:
                 pieces.append(event.samples)
                 rate = event.rate
             elif isinstance(event, Finished):
-                seconds = event.seconds
+                assert isinstance(event.result, Answer)
+                seconds, reason = event.seconds, event.result.finish_reason
     if not pieces:
         raise ApiError(500, "the model made no sound", code="internal_error")
     data = await asyncio.to_thread(encode_sound, np.concatenate(pieces), rate, body.response_format)
-    headers = {"X-Model": deployment.name, "X-Inference-Time-S": f"{seconds:.3f}", "X-Sample-Rate": str(rate)}
+    headers = {
+        **model_header(deployment.name),
+        "X-Inference-Time-S": f"{seconds:.3f}",
+        "X-Sample-Rate": str(rate),
+        "X-Finish-Reason": reason,
+    }
     return Response(data, media_type=SOUND_TYPES[body.response_format], headers=headers)

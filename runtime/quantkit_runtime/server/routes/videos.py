@@ -18,6 +18,7 @@ from quantkit_runtime.server.routes.common import (
     context_of,
     cost_headers,
     errors,
+    model_header,
     new_id,
     owner_of,
     unless_gone,
@@ -41,7 +42,7 @@ async def generate(body: Body, request: Request) -> Response:
     return await unless_gone(request, _draw(request, body, asked, deployment))
 
 
-@router.post("", response_model=Video, responses=errors(400, 404, 409, 413, 415, 429, 503))
+@router.post("", response_model=Video, responses=errors(400, 404, 409, 413, 415, 429, 503, 507))
 async def create(
     body: Body,
     request: Request,
@@ -94,7 +95,7 @@ async def content(
     del variant  # the only one
     jobs = context_of(request).jobs
     job = await jobs.get(video_id, owner_of(request))
-    return Response(await jobs.content(job), media_type="video/mp4", headers={"X-Model": job.model})
+    return Response(await jobs.content(job), media_type="video/mp4", headers=model_header(job.model))
 
 
 @router.delete("/{video_id}", response_model=VideoDeleted, responses=errors(404, 503))
@@ -119,7 +120,9 @@ async def _read(body: VideoForm, request: Request) -> tuple[Deployment, VideoReq
 
 async def _draw(request: Request, body: VideoForm, asked: VideoRequest, deployment: Deployment) -> Response:
     timeout_s = context_of(request).settings.limits.request_timeout_s
-    finished, ticket = await deployment.scheduler.run(asked, client_of(request, body.user), timeout_s=timeout_s)
+    finished, ticket = await deployment.scheduler.run(
+        asked, client_of(request), user=body.user or "", timeout_s=timeout_s
+    )
     assert isinstance(finished.result, Frames)
     video = await asyncio.to_thread(encode_mp4, finished.result.pixels, asked.fps)
     headers = cost_headers(deployment, finished, ticket) | {
