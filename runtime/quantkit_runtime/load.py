@@ -76,8 +76,9 @@ def load_pipeline(
         QuantkitRuntimeError: ``compile`` finds no repeated blocks, or ``cuda_graphs`` no CUDA device.
     """
     target = available_device(device)
+    group = _group(tensor_parallel)
     if cuda_graphs:
-        check_recordable(target, tensor_parallel)
+        check_recordable(target, group)
     folder = local_folder(path)
     index_path = folder / "model_index.json"
     if (folder / "config.json").is_file() and is_own(read_json(folder / "config.json")):
@@ -92,7 +93,6 @@ def load_pipeline(
     check_choice(folder, compute=compute, backend=backend)
     diffusers = import_optional("diffusers")
     index = read_json(index_path)
-    group = _group(tensor_parallel)
     packed, has_shared_denoiser = {}, False
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list):

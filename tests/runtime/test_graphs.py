@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from repeated_work import RepeatedWork
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from quantkit_runtime.errors import QuantkitRuntimeError
+from quantkit_runtime import load
+from quantkit_runtime.errors import CheckpointFormatError, QuantkitRuntimeError
 from quantkit_runtime.graphs import check_recordable, record_calls
 
 
@@ -158,3 +160,14 @@ def test_other_devices_and_shared_weights_are_refused_before_loading():
         check_recordable(torch.device("cpu"))
     with pytest.raises(QuantkitRuntimeError, match="or without tensor_parallel"):
         check_recordable(torch.device("cuda"), object())
+
+
+def test_a_rank_that_shares_its_weights_with_none_may_record(monkeypatch):
+    """As those of CFG-parallel, which load with a group of one."""
+    monkeypatch.setattr(load, "available_device", torch.device)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(CheckpointFormatError, match="not a folder"):
+            load.load_pipeline("./nowhere", device="cuda", cuda_graphs=True, tensor_parallel=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
