@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def pack_layers(model: torch.nn.Module, layers: Mapping[str, Layer]) -> Iterator[tuple[str, Tensor]]:
     """Yield the packed tensors of every tuned layer, by full name, on the CPU.
 
-    Where packing cannot keep the very weight that auto-round tuned, the weight comes beside it: asymmetric zero
-    points of 0 are stored as 1.
+    Where packing cannot keep the very weight that auto-round tuned, the weight comes beside it: groups with a zero
+    point of 0, which cannot be stored, are rounded to another grid.
 
     Args:
         model: Holds the layers as auto-round leaves them: weight (N, K), ``scale`` (N, G) and ``zp``.
@@ -32,6 +32,7 @@ def pack_layers(model: torch.nn.Module, layers: Mapping[str, Layer]) -> Iterator
     import torch
 
     from quantkit_runtime.format import dequantize, pack
+    from quantkit_runtime.rounding import storable_grid
 
     for name, layer in layers.items():
         module: Any = model.get_submodule(name)
@@ -46,6 +47,8 @@ def pack_layers(model: torch.nn.Module, layers: Mapping[str, Layer]) -> Iterator
         scales = scale.detach().cpu().reshape(rows, -1).to(torch.float16)
         zero = module.zp
         zeros = zero.detach().cpu().reshape(rows, -1).float() if isinstance(zero, torch.Tensor) else float(zero)
+        if isinstance(zeros, torch.Tensor):
+            scales, zeros = storable_grid(scales, zeros, scheme)
         # The tuned weight is scale * (code - zero), rounded to the model's dtype: dividing gives the code back.
         levels = weight.float().view(rows, scales.shape[1], -1) / scales.float().unsqueeze(-1)
         offsets = zeros.unsqueeze(-1) if isinstance(zeros, torch.Tensor) else zeros

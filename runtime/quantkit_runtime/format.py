@@ -107,7 +107,8 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) ->
         codes: (N, K), any integer dtype, values in [0, 2 ** bits).
         scales: (G, N) float16.
         zeros: (G, N), any integer dtype, values in [0, 2 ** bits); None in a symmetric scheme. The gptq
-            packing cannot store a zero point of 0; like auto-round it then stores 1.
+            packing cannot store a zero point of 0; like auto-round it then stores 1, unless grids have been made
+            storable before, see `quantkit_runtime.rounding.storable_grid`.
         scheme: How to store.
 
     Returns:
@@ -128,7 +129,7 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) ->
         zeros = torch.full(scales.shape, scheme.midpoint, dtype=torch.int32, device=codes.device)
     elif tuple(zeros.shape) != tuple(scales.shape):
         raise CheckpointFormatError(f"zeros: {tuple(zeros.shape)} where {tuple(scales.shape)} is expected")
-    offset = _zero_offset(scheme)
+    offset = least_zero(scheme)
     for name, values, limit in (
         ("codes", codes, scheme.max_code),
         ("zeros", zeros, scheme.max_code + offset),
@@ -188,7 +189,7 @@ def unpack_zeros(qzeros: Tensor, scheme: Scheme) -> Tensor:
     zeros = unpack_words(qzeros, scheme.bits)
     if _is_awq(scheme):
         zeros = reorder(zeros, _AWQ_LOGICAL_ORDER)
-    return zeros.to(torch.int32) + _zero_offset(scheme)
+    return zeros.to(torch.int32) + least_zero(scheme)
 
 
 def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> Tensor:
@@ -256,7 +257,8 @@ def _is_awq(scheme: Scheme) -> bool:
     return scheme.packing_format == "auto_round:auto_awq"
 
 
-def _zero_offset(scheme: Scheme) -> int:
+def least_zero(scheme: Scheme) -> int:
+    """Return the smallest zero point that can be stored; it is subtracted from those that are."""
     return 1 if scheme.packing_format == "auto_round:auto_gptq" else 0
 
 

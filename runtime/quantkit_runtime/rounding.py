@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit_runtime.config import Scheme
-from quantkit_runtime.format import packed_tensors
+from quantkit_runtime.format import least_zero, packed_tensors
 
 # Smallest magnitude of a scale; auto-round clamps to it so that float16 scales stay invertible.
 _SCALE_FLOOR = 1e-5
@@ -21,7 +21,8 @@ def quantize_rtn(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor
     The order of operations and the dtype of every intermediate follow auto-round 0.16 (``data_type/int.py``
     ``quant_tensor_rtn_sym`` and ``quant_tensor_asym``, then ``QuantLinear.pack``), so that the packed tensors
     are bit-identical: the group range and the scale are computed in the weight's dtype and then stored as
-    float16, and the code is read back from the dequantized weight in the weight's dtype.
+    float16, and the code is read back from the dequantized weight in the weight's dtype. Only zero points that
+    cannot be stored are others, see `storable_grid`.
 
     Args:
         weight: (N, K) float32, bfloat16 or float16.
@@ -64,7 +65,7 @@ def _fit_grid(values: Tensor, dtype: torch.dtype, scheme: Scheme) -> tuple[Tenso
     high = values.amax(-1).clamp_(min=0).to(dtype)
     if not scheme.sym:
         scale = ((high - low) / scheme.max_code).to(torch.float16).clamp(min=_SCALE_FLOOR)
-        return scale, torch.round(-low / scale)
+        return storable_grid(scale, torch.round(-low / scale), scheme)
     magnitude = -low
     # The code range is [-2**(b-1), 2**(b-1) - 1]: give the longer side of the range the extra code by the sign of
     # the scale.
@@ -72,6 +73,23 @@ def _fit_grid(values: Tensor, dtype: torch.dtype, scheme: Scheme) -> tuple[Tenso
     scale = (signed / scheme.midpoint).to(torch.float16)
     scale = torch.where(scale < 0, scale.clamp(max=-_SCALE_FLOOR), scale.clamp(min=_SCALE_FLOOR))
     return scale, torch.full_like(scale, scheme.midpoint)
+
+
+def storable_grid(scale: Tensor, zero: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return scales and zero points that packing can store.
+
+    The gptq packing has no zero point of 0, which groups without negative weights want; auto-round stores 1 instead
+    and so moves all weights of such a group by a step. Here they get 1 and a step that reaches as far with one code
+    less.
+
+    Args:
+        scale: Of each group, float16.
+        zero: Zero points of an asymmetric scheme, of the same shape, whole numbers of any dtype.
+        scheme: How they are stored.
+    """
+    least = least_zero(scheme)
+    wider = (scale.float() * (scheme.max_code / (scheme.max_code - least))).to(scale.dtype)
+    return torch.where(zero < least, wider, scale), zero.clamp(min=least)
 
 
 def _by_group(scale: Tensor, zero: Tensor, rows: int, scheme: Scheme) -> tuple[Tensor, Tensor | None]:

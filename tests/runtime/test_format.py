@@ -137,6 +137,21 @@ def test_rtn_stays_within_half_a_step_of_the_weight(bits, sym, dtype):
     assert (error <= scales.t().float().abs() * ((1.0 if sym else 0.5) + slack)).all()
 
 
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+@pytest.mark.parametrize("lowest", [0.0, -0.01], ids=["no negative weight", "a small one"])
+def test_a_zero_point_that_cannot_be_stored_costs_no_more_than_a_coarser_step(bits, lowest):
+    weight = torch.rand(32, 96, generator=torch.Generator().manual_seed(0))
+    weight[:, ::32] = lowest
+    scheme = Scheme(bits, 32, sym=False)
+    assert scheme.packing_format == GPTQ
+    codes, scales, zeros = quantize_rtn(weight, scheme)
+    tensors = pack(codes, scales, zeros, scheme)
+    assert torch.equal(unpack(tensors, scheme)[2], zeros)
+    error = (dequantize(tensors, scheme, torch.float32) - weight).abs().view(32, 3, 32).amax(-1)
+    assert (error <= (0.5 + 2**bits * 2**-10) * scales.t().float()).all()
+    assert (scales.float() <= 1.01 * (1 - lowest) / (scheme.max_code - 1)).all()
+
+
 def rtn_step_by_step(weight, scheme):
     """Return codes, scales and zeros by auto-round's own operations, in its order and its dtypes."""
     grouped = weight.reshape(-1, scheme.group_length(weight.shape[1]))
@@ -180,7 +195,7 @@ def test_rtn_is_auto_rounds_step_by_step(dtype, bits, sym, kind, seed):
         weight *= torch.randint(0, 2, (64, 192), generator=generator)
     weight = weight.to(dtype)
     kept = weight.clone()
-    scheme = Scheme(bits, 64, sym)
+    scheme = Scheme(bits, 64, sym, "int", "auto_round")  # which stores every zero point
     codes, scales, zeros = quantize_rtn(weight, scheme)
     expected = rtn_step_by_step(weight, scheme)
     assert torch.equal(weight, kept)

@@ -6,6 +6,8 @@ import torch
 from quantkit.errors import QuantizationError
 from quantkit.quantize.packing import pack_layers, unpack_layers
 from quantkit.quantize.tuning import Layer
+from quantkit_runtime.config import Scheme
+from quantkit_runtime.format import dequantize
 
 
 def make_model(layer, zeros):
@@ -39,6 +41,16 @@ def test_a_layer_comes_back_bit_for_bit(layer, zeros, beside):
     model[0].weight.data.zero_()
     unpack_layers(model, {"0": layer}, tensors)
     assert torch.equal(model[0].weight, weight)
+
+
+def test_a_zero_point_that_cannot_be_stored_moves_no_weight_by_more_than_half_a_step():
+    layer = Layer(2, 32, sym=False)
+    model = make_model(layer, torch.zeros(32, 2))
+    weight = model[0].weight.detach().float()
+    tensors = {name.removeprefix("0."): value for name, value in pack_layers(model, {"0": layer})}
+    scheme = Scheme(2, 32, sym=False)
+    moved = (dequantize(tensors, scheme, torch.float32) - weight).abs().view(32, 2, 32).amax(-1)
+    assert (moved <= 0.51 * tensors["scales"].t().float()).all()
 
 
 def test_a_layer_that_stays_in_16_bit_is_left_alone():

@@ -125,7 +125,7 @@ def test_one_code_off_by_three_is_found(broken):
 
     [problem] = broken(change, source=True)
     assert problem.startswith(f"{LAYER}: a weight is ")
-    assert problem.endswith("codes away from its source; at most one is possible")
+    assert problem.endswith("codes away from its source; at most 1 is possible")
 
 
 def test_scales_that_do_not_belong_to_the_weight_are_found(broken):
