@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from quantkit_runtime.config import Scheme
 
 PACKING_FORMAT = "auto_round:auto_gptq"
+_SOURCE_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,12 @@ def _plan_component(
         if reason is not None:
             kept.append((linear.name, reason))
             continue
+        source = component.tensors[f"{linear.name}.weight"]
+        if source.dtype not in _SOURCE_DTYPES:
+            raise CheckpointError(
+                f"{source.file}: {source.name} is {source.dtype}; weights are quantized from "
+                f"{', '.join(_SOURCE_DTYPES)}: give the original in one of these"
+            )
         layer = PlannedLayer(linear.name, linear.in_features, linear.out_features, chosen)
         if problem := _misfit(layer):
             key = "scheme.group_size" if chosen == default else "layers.overrides"

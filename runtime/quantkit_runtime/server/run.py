@@ -39,7 +39,8 @@ def serve(settings: Settings) -> None:
     set_up_logging(settings.log_format)
     server = Server(settings)
     # Until uvicorn listens to signals, and when it has drained and raises the one again that it was stopped by.
-    signal.signal(signal.SIGTERM, lambda _number, _frame: setattr(server, "should_exit", True))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: setattr(server, "should_exit", True))
     with exporting(), bind(settings) as bound:
         asyncio.run(_serve(server, settings, bound))
 

@@ -124,7 +124,7 @@ from quantkit_runtime.server.protocol import ModelSpec
 from quantkit_runtime.server.settings import Settings
 
 def stop():
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 
 moment = sys.argv[1]
 if moment == "begin":  # before uvicorn listens to signals
@@ -137,11 +137,12 @@ run.serve(Settings({"x": spec}, port=0, state_dir=Path(tempfile.mkdtemp()), drai
 """
 
 
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("moment", ["begin", "loading"])
-def test_a_server_that_is_told_to_stop_before_it_is_ready_ends_well(moment):
+def test_a_server_that_is_told_to_stop_before_it_is_ready_ends_well(moment, number):
     environment = {**os.environ, "PYTHONPATH": str(Path(serving.__file__).parent)}
     done = subprocess.run(
-        [sys.executable, "-c", _SERVE, moment],
+        [sys.executable, "-c", _SERVE, moment, number],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,6 +1,7 @@
 """Which layers are quantized and how; all on the meta device."""
 
 import pytest
+import torch
 
 from quantkit.checkpoint import open_model
 from quantkit.errors import CheckpointError, RecipeError
@@ -189,6 +190,14 @@ def damaged(flux_model, tmp_path):
 def test_weights_that_lack_a_tensor_are_refused(damaged):
     reason = damaged(tensors=lambda data: data.pop("x_embedder.bias"))
     assert reason == "transformer: the weights lack x_embedder.bias; download the model again"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.float64], ids=str)
+def test_weights_of_other_dtypes_than_a_model_is_trained_in_are_refused_by_name(damaged, dtype):
+    name = "transformer_blocks.0.attn.to_q.weight"
+    reason = damaged(tensors=lambda data: data.update({name: data[name].to(dtype)}))
+    assert reason.startswith(f"transformer/diffusion_pytorch_model.safetensors: {name} is ")
+    assert reason.endswith("weights are quantized from BF16, F16, F32: give the original in one of these")
 
 
 def test_weights_with_a_tensor_too_many_are_refused(damaged):
