@@ -161,7 +161,10 @@ def _size(body: Sampling, deployment: Deployment, limits: Limits) -> tuple[int, 
         width, height = int(deployment.default("width")), int(deployment.default("height"))
     multiple = deployment.info.size_multiple
     if width % multiple or height % multiple:
-        raise bad_request(f"{param}: {width}x{height}; both must be multiples of {multiple}", param)
+        fits = "x".join(str(max(round(side / multiple), 1) * multiple) for side in (width, height))
+        raise bad_request(
+            f"{param}: {width}x{height}; both must be multiples of {multiple}, the nearest is {fits}", param
+        )
     if width * height > limits.max_pixels:
         raise bad_request(f"{param}: {width}x{height}; at most {limits.max_pixels} pixels in all", param)
     return width, height

@@ -63,7 +63,7 @@ def test_the_openai_client_finds_the_picture_of_a_stream(client):
     ("change", "param", "words"),
     [
         ({"sise": "64x64"}, "sise", "unknown field"),
-        ({"size": "65x64"}, "size", "multiples of 16"),
+        ({"size": "65x64"}, "size", "multiples of 16, the nearest is 64x64"),
         ({"size": "1024x1024"}, "size", "at most 65536 pixels"),
         ({"size": "big"}, "size", "match"),
         ({"size": "64x64", "width": 64, "height": 64}, "size", "either"),
