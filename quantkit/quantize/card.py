@@ -32,6 +32,8 @@ def render_card(manifest: dict[str, Any]) -> str:
         if scheme["iters"]
         else "round to nearest (AutoRound's RTN)"
     )
+    overrides = manifest["recipe"]["overrides"]
+    changed = f" with {', '.join(f'`{text}`' for text in overrides)}" if overrides else ""
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).strip(),
@@ -75,9 +77,9 @@ def render_card(manifest: dict[str, Any]) -> str:
         "",
         (
             f"Made on {manifest['created']} by quantkit {manifest['versions'].get('quantkit', '?')} from recipe "
-            f"`{manifest['recipe']['name']}` (sha256 `{manifest['recipe']['sha256']}`), seed {scheme['seed']}. "
-            "`quantkit.json` holds the plan, the error of every layer, library versions and the sha256 of every "
-            "file; `quantkit verify` checks them."
+            f"`{manifest['recipe']['name']}` (sha256 `{manifest['recipe']['sha256']}`){changed}, "
+            f"seed {scheme['seed']}. `quantkit.json` holds the plan, the error of every layer, library versions "
+            "and the sha256 of every file; `quantkit verify` checks them."
         ),
         "",
     ]

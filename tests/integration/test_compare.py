@@ -191,7 +191,7 @@ def test_flags_win_over_the_recipe(quantkit, recipe, slight, tmp_path):
 def test_the_command_that_quantize_names_compares_what_it_made(quantkit, recipe, reference, tmp_path):
     code, out, _ = quantkit(
         "quantize", "--recipe", recipe(0.9), "--model", reference, "--output", tmp_path / "w4 a16",
-        "--set", "scheme.group_size=64",
+        "--set", "scheme.group_size=64", "--set", "compare.seeds=[7]",
     )  # fmt: skip
     assert code == 0
     line = out.splitlines()[-1]
@@ -199,6 +199,7 @@ def test_the_command_that_quantize_names_compares_what_it_made(quantkit, recipe,
     code, out, _ = quantkit(*shlex.split(line)[2:])
     assert code == 0
     assert out.splitlines()[-1] == str(tmp_path / "w4 a16-report" / "report.html")
+    assert json.loads((tmp_path / "w4 a16-report" / "result.json").read_text())["seeds"] == [7]
 
 
 def test_an_undecided_comparison_exits_with_3(quantkit, reference, slight, tmp_path, monkeypatch):

@@ -66,6 +66,16 @@ def test_the_model_card_has_the_block_that_hubs_read(rtn_checkpoint):
     assert "w4a16" in metadata["tags"]
 
 
+def test_card_and_inspect_name_what_was_set_on_top_of_the_recipe(quantize_tiny, tmp_path, capsys):
+    from quantkit.cli.inspect import command
+
+    text = "layers.exclude=['*.to_q']"
+    output = quantize_tiny(tmp_path / "out", text, "scheme.sym=false").output
+    assert f"`) with `{text}`, `scheme.sym=false`, seed 42" in (output / "README.md").read_text()
+    command(str(output))
+    assert f") with --set {text}, --set scheme.sym=false\n" in capsys.readouterr().out
+
+
 def test_predicted_bytes_are_the_written_bytes(quantize_tiny, tmp_path):
     result = quantize_tiny(tmp_path / "out", "scheme.bits=8", "layers.exclude=['*.to_q']")
     [part] = result.plan.components
