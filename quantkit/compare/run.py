@@ -56,13 +56,13 @@ def compare(
     kind = KINDS[request.task]
     thresholds = dict(request.thresholds or DEFAULT_THRESHOLDS[request.task])
     source = request.thresholds_source or f"built in for {request.task}"
-    check_names(thresholds, kind.metrics(), source)
     shots = request.shots()
     reference, candidate = open_model(request.reference), open_model(request.candidate)
     try:
         family = detect(reference).for_task(request.task)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{request.reference}: {error}") from error
+    check_names(thresholds, kind.metrics(), source)  # after the task: of a wrong one every metric is unknown
     check_same_architecture(reference, candidate)
     sampling = family.sampling_for(*request.sampling)
     family.check_sizes(reference, sampling, given_in(request.sampling))

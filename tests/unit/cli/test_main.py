@@ -142,6 +142,16 @@ def test_a_recipe_that_bounds_a_metric_of_another_task_is_not_valid(run, tmp_pat
     assert errors.startswith(f"error: {recipe}: compare.thresholds: token_kl: unknown metric (")
 
 
+def test_a_recipe_of_a_task_that_its_family_does_not_do_is_told_so_and_nothing_of_its_metrics(run, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "version: 1\nmodel: {id: demo, family: flux, task: chat}\nscheme: {iters: 0}\n"
+        "compare: {thresholds: {psnr: {min: 30}}}\n"
+    )
+    code, _, errors = run("recipes", "validate", recipe)
+    assert (code, errors) == (2, f"error: {recipe}: model.task: recipes of flux say t2i, not chat\n")
+
+
 def test_a_recipe_is_never_copied_over_a_file(run, tmp_path):
     (tmp_path / "flux.yaml").write_text("mine")
     code, _, errors = run("recipes", "cp", "flux", tmp_path)

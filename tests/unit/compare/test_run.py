@@ -201,6 +201,7 @@ def test_the_noise_floor_can_be_left_out(model, run):
             "backend 'triton': only for packed layers, and .*/model and",
         ),
         ({"task": "t2v"}, UnsupportedModelError, "task t2v"),
+        ({"task": "chat"}, UnsupportedModelError, "task chat: the family flux does t2i"),
         ({"sampling": (Sampling(num_frames=5),)}, RecipeError, "flux takes no num_frames"),
         ({"lpips_backbone": "model/behaviour.json"}, RecipeError, "cannot be read as AlexNet weights"),
     ],
