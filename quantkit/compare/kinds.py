@@ -111,4 +111,6 @@ def check_thresholds(loaded: LoadedRecipe) -> None:
             reason = f"recipes of {family.name} say {family.task}, not {recipe.model.task}"
             raise RecipeError(f"{loaded.path}: model.task: {reason}") from error
     known = KINDS[recipe.model.task].metrics()
-    check_names(recipe.compare.thresholds, known, f"{loaded.path}: compare.thresholds")
+    changed = [f"--set {text}" for text in loaded.overrides if text.startswith(("compare.thresholds", "compare="))]
+    where = f"{loaded.path}, with {', '.join(changed)}" if changed else str(loaded.path)
+    check_names(recipe.compare.thresholds, known, f"{where}: compare.thresholds")
