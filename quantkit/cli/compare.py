@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli import options
-from quantkit.cli.console import new_table, output, show_log
-from quantkit.cli.models import recipe_for, resolve_model
+from quantkit.cli.console import errors, new_table, output, show_log
+from quantkit.cli.models import recipe_for, resolve_model, resolve_recorded
 from quantkit.cli.progress import Bar
 from quantkit.cli.sampling import sampling_of, silence_libraries
 from quantkit.errors import RecipeError
@@ -114,6 +114,8 @@ def command(
     Writes report.html, result.json and the images or videos. The verdict comes from the recipe's thresholds, else
     from built-in ones; it decides the exit code only with --gate.
     """
+    from quantkit.recipe.load import MANIFEST
+
     candidate_folder = resolve_model(candidate)
     loaded = recipe_for(candidate, candidate_folder, recipe)
     if reference is None and loaded is None:
@@ -134,14 +136,18 @@ def command(
     numbers = _seeds(seeds, loaded)
     if reference is None:
         assert loaded is not None
-        reference = loaded.recipe.model.id
-        reference_folder = resolve_model(reference, loaded.recipe.model.revision)
+        reference, revision = loaded.recipe.model.id, loaded.recipe.model.revision
+        if loaded.path.name == MANIFEST:
+            reference_folder = resolve_recorded(reference, revision, loaded.path)
+        else:
+            reference_folder = resolve_model(reference, revision)
     else:
         reference_folder = resolve_model(reference)
 
     from quantkit.compare.request import Request
     from quantkit.compare.run import compare
 
+    _check_reference(reference_folder, candidate_folder)
     section = loaded.recipe.compare if loaded is not None else None
     given = section is not None and bool(section.thresholds)
     request = Request(
@@ -177,6 +183,23 @@ def command(
     _print_result(result, output_folder)
     if gate:
         raise typer.Exit(EXIT_CODES[result.verdict.outcome])
+
+
+def _check_reference(reference: Path, candidate: Path) -> None:
+    """Refuse a reference that is the candidate, which would pass any gate, and warn of one that is quantized."""
+    from quantkit.checkpoint import open_model
+    from quantkit.compare.footprint import quantization_of
+
+    if reference.samefile(candidate):
+        raise RecipeError(f"--reference: {reference} is the candidate itself; give the model to compare it with")
+    if schemes := quantization_of(open_model(reference)):
+        told = "; ".join(f"{component}: {scheme}" for component, scheme in schemes.items())
+        errors.print(
+            f"warning: the reference is itself quantized ({told}): what it has lost is not measured",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _label(model: str) -> str:

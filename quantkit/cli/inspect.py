@@ -100,8 +100,11 @@ def _print_summary(summary: Summary) -> None:
             output.print(f"{part.name}.quantization_config: {shown}", highlight=False, soft_wrap=True)
     if summary.provenance is not None:
         recipe, source = summary.provenance["recipe"], summary.provenance["source"]
+        changed = f" with --set {', --set '.join(recipe['overrides'])}" if recipe["overrides"] else ""
         output.print(
             f"made {summary.provenance['created']} from {source['id']} by recipe {recipe['name']} "
-            f"(sha256 {recipe['sha256'][:12]})",
+            f"(sha256 {recipe['sha256'][:12]}){changed}",
+            markup=False,
             highlight=False,
+            soft_wrap=True,
         )

@@ -58,6 +58,25 @@ def resolve_for_plan(text: str, revision: str | None = None) -> Path | ModelFold
     return _find_download(text, revision) or open_published(text)
 
 
+def resolve_recorded(model_id: str, revision: str | None, manifest: Path) -> Path:
+    """Return the folder of the model that a checkpoint was made from, given as its manifest records it.
+
+    Of a local model the manifest holds the folder's name alone. Looked for from here that may be any folder,
+    even the checkpoint itself, so it is not looked for.
+
+    Raises:
+        RecipeError: If what is recorded may be the name of a local folder.
+        CheckpointError: See `resolve_model`.
+    """
+    published = _HUB_ID.fullmatch(model_id) and not Path(model_id).exists()
+    if model_id == "demo" or published or Path(model_id).is_absolute():
+        return resolve_model(model_id, revision)
+    raise RecipeError(
+        f"--reference: {manifest} says that the candidate was made from '{model_id}', which may be any folder of "
+        "that name; give the model to compare with"
+    )
+
+
 def recipe_for(text: str, folder: Path, given: str | None) -> LoadedRecipe | None:
     """Return the recipe that says how a model is sampled and judged: the one given, the demo's, or its own.
 

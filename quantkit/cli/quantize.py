@@ -14,10 +14,13 @@ from quantkit.cli.console import gigabytes, output
 from quantkit.cli.models import resolve_for_plan, resolve_model
 from quantkit.cli.plan import print_plan
 from quantkit.cli.progress import Bar
+from quantkit.errors import RecipeError
 
 if TYPE_CHECKING:
     from quantkit.quantize.memory import CalibrationMemory
     from quantkit.quantize.run import Prepared, Quantized
+    from quantkit.recipe import LoadedRecipe
+    from quantkit.recipe.schema import Task
 
 _STAGES = {
     "check": "checking the source",
@@ -96,17 +99,35 @@ def command(
             on_notice=bar.note,
         )
     _print_result(result, target)
-    what = _next_command(recipe, model or loaded.recipe.model.id, prepared, target)
+    what = _next_command(model or loaded.recipe.model.id, prepared, target)
     output.print(f"next: quantkit {shlex.join(what)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _next_command(recipe: str, source: str, prepared: Prepared, target: Path) -> list[str]:
-    """Return the arguments that hold the result against its source."""
-    family = prepared.family
-    what = ["compare", "--task", family.task, "--reference", source, "--candidate", str(target), "--recipe", recipe]
-    if prepared.loaded.recipe.compare.prompts is None:
-        what += ["--prompts", _PROMPTS[family.task]]
+def _next_command(source: str, prepared: Prepared, target: Path) -> list[str]:
+    """Return the arguments that hold the result against its source.
+
+    No recipe is among them: the result's own, in its manifest, is the one with what ``--set`` changed.
+    """
+    task = prepared.family.task
+    what = ["compare", "--task", task, "--reference", source, "--candidate", str(target)]
+    if (prompts := _own_prompts(prepared.loaded, task)) is not None:
+        what += ["--prompts", prompts]
     return [*what, "--output", f"{target}-report"]
+
+
+def _own_prompts(loaded: LoadedRecipe, task: Task) -> str | None:
+    """Return the prompts to name; None if the manifest leads to them, or they are missing, which compare tells."""
+    from quantkit.recipe import find_prompts
+    from quantkit.recipe.locate import data_dir
+
+    name = loaded.recipe.compare.prompts
+    if name is None:
+        return _PROMPTS[task]
+    try:
+        found = find_prompts(name, loaded.path)
+    except RecipeError:
+        return None
+    return None if found == data_dir("prompts") / name else str(found)
 
 
 def _default_output(model: str, bits: int) -> Path:

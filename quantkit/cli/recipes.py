@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import gigabytes, new_table, output
+from quantkit.cli.console import errors, gigabytes, new_table, output
 from quantkit.errors import OutputError, RecipeError
 
 app = typer.Typer(no_args_is_help=True, help="List, show, copy and check recipes.")
@@ -51,8 +52,9 @@ def show(name: _Name) -> None:
     from quantkit.recipe import find_recipe
 
     path = find_recipe(name)
-    output.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
-    output.print(Syntax(path.read_text(encoding="utf-8"), "yaml", background_color="default"))
+    errors.print(str(path), style="dim", markup=False, highlight=False, soft_wrap=True)  # a file gets YAML alone
+    text = path.read_text(encoding="utf-8")
+    output.print(Syntax("", "yaml", background_color="default").highlight(text), end="", soft_wrap=True)
 
 
 @app.command("cp")
@@ -70,6 +72,8 @@ def copy(
     try:
         shutil.copyfile(source, target)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            target.unlink()  # what a full disk has left of it
         raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
     output.print(str(target), highlight=False, soft_wrap=True)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from quantkit.compare.metrics import METRICS, MetricKind
 from quantkit.compare.result import Item
+from quantkit.errors import RecipeError, UnsupportedModelError
+from quantkit.families.registry import get_family
 from quantkit.gate.thresholds import check_names
 from quantkit.recipe.load import LoadedRecipe
 from quantkit.recipe.schema import Task
@@ -94,11 +96,21 @@ KINDS: Mapping[Task, Kind] = {
 
 
 def check_thresholds(loaded: LoadedRecipe) -> None:
-    """Refuse a recipe that bounds a metric which its task does not have.
+    """Refuse a recipe whose family does not do its task, or that bounds a metric which its task does not have.
 
     Raises:
         RecipeError: With one problem per unknown name and the closest known one.
+        UnsupportedModelError: If the recipe names a family that does not exist.
     """
     recipe = loaded.recipe
+    if recipe.model.family is not None:
+        family = get_family(recipe.model.family)
+        try:
+            family.for_task(recipe.model.task)
+        except UnsupportedModelError as error:
+            reason = f"recipes of {family.name} say {family.task}, not {recipe.model.task}"
+            raise RecipeError(f"{loaded.path}: model.task: {reason}") from error
     known = KINDS[recipe.model.task].metrics()
-    check_names(recipe.compare.thresholds, known, f"{loaded.path}: compare.thresholds")
+    changed = [f"--set {text}" for text in loaded.overrides if text.startswith(("compare.thresholds", "compare="))]
+    where = f"{loaded.path}, with {', '.join(changed)}" if changed else str(loaded.path)
+    check_names(recipe.compare.thresholds, known, f"{where}: compare.thresholds")

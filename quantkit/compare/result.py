@@ -52,8 +52,8 @@ class ModelSide(Part):
         peak_memory_bytes: Highest memory above the level before loading; None if it cannot be measured here.
         peak_memory_note: How it was measured, or why it could not be.
         load_s: Seconds to load.
-        step_ms: Milliseconds of a denoising step or token, the first of every output excluded; None if there is no
-            other.
+        step_ms: Milliseconds of a denoising step or token, the first of every output excluded; None if fewer than
+            three others are left.
         output_s: Seconds of an image, video or answer, from the prompt on.
     """
 

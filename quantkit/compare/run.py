@@ -16,7 +16,7 @@ from quantkit.compare.provenance import created_now, device_name, library_versio
 from quantkit.compare.report import write_report
 from quantkit.compare.request import Request
 from quantkit.compare.result import INPUTS_FOLDER, RESULT_FILE, Comparison, Item, ModelSide, write_result
-from quantkit.compare.sampler import Sampler
+from quantkit.compare.sampler import MIN_TIMED_STEPS, Sampler
 from quantkit.compare.scoring import Scorer
 from quantkit.compare.shots import ProgressCallback, Shot
 from quantkit.compare.summary import by_metric, curve_spreads, summaries
@@ -56,13 +56,13 @@ def compare(
     kind = KINDS[request.task]
     thresholds = dict(request.thresholds or DEFAULT_THRESHOLDS[request.task])
     source = request.thresholds_source or f"built in for {request.task}"
-    check_names(thresholds, kind.metrics(), source)
     shots = request.shots()
     reference, candidate = open_model(request.reference), open_model(request.candidate)
     try:
         family = detect(reference).for_task(request.task)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{request.reference}: {error}") from error
+    check_names(thresholds, kind.metrics(), source)  # after the task: of a wrong one every metric is unknown
     check_same_architecture(reference, candidate)
     sampling = family.sampling_for(*request.sampling)
     family.check_sizes(reference, sampling, given_in(request.sampling))
@@ -110,11 +110,15 @@ def compare(
         task.close()
 
         items = tuple(scorer.items)
+        if reference_side.step_ms is None or candidate_side.step_ms is None:
+            items = tuple(map(_without_time, items))
         values = by_metric(items)
         costs, unavailable = _costs(reference_side, candidate_side, len(request.prompts))
         unavailable = {**task.unavailable, **unavailable}
         if not any("step_time_ratio" in item.metrics for item in items):
-            unavailable["step_time_ratio"] = f"needs at least two {kind.step}s per {kind.output}"
+            unavailable["step_time_ratio"] = (
+                f"too few {kind.step}s to time: needs {MIN_TIMED_STEPS} beside the first of every {kind.output}"
+            )
         result = Comparison(
             schema_version=1,
             created=created_now(),
@@ -163,6 +167,11 @@ def _keep_prompts(shots: Sequence[Shot], folder: Path) -> tuple[Prompt, ...]:
             shutil.copyfile(prompt.image, folder / name)
             prompts[index] = replace(prompt, image=str(name))
     return tuple(prompts.values())
+
+
+def _without_time(item: Item) -> Item:
+    metrics = {name: value for name, value in item.metrics.items() if name != "step_time_ratio"}
+    return item.model_copy(update={"metrics": metrics})
 
 
 def _pixels(sampling: Sampling) -> int:

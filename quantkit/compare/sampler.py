@@ -17,6 +17,9 @@ from quantkit.compare.tasks.base import Recording, Task
 from quantkit.errors import MissingExtraError, QuantkitError
 from quantkit.recipe.load import MANIFEST
 
+MIN_TIMED_STEPS = 3
+"""Below this many the median is a single step's time, and whether the times vary cannot be seen."""
+
 Handle = Callable[[int, Recording], None]
 """Takes the index of the shot and what was recorded of it."""
 
@@ -96,7 +99,7 @@ class Sampler:
             peak_memory_bytes=peak,
             peak_memory_note=note,
             load_s=load_s,
-            step_ms=timing(step_ms),
+            step_ms=timing(step_ms) if len(step_ms) >= MIN_TIMED_STEPS else None,
             output_s=seconds,
         )
 

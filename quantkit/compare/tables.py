@@ -158,7 +158,7 @@ def cost_rows(reference: ModelSide, candidate: ModelSide, kind: Kind) -> list[di
             ours.median if ours else None,
             theirs.median if theirs else None,
             milliseconds,
-            both if ours and theirs else f"one {kind.step} per {kind.output}",
+            both if ours and theirs else f"too few {kind.step}s to time",
         ),
         row(f"Time per {kind.output}, median", reference.output_s.median, candidate.output_s.median, seconds),
         row("Time to load", reference.load_s, candidate.load_s, seconds),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from statistics import median
 from typing import Any
 
@@ -17,14 +18,19 @@ def render_card(manifest: dict[str, Any]) -> str:
     recipe, source, sizes = manifest["recipe"]["effective"], manifest["source"], manifest["sizes"]
     scheme = recipe["scheme"]
     single = SINGLE_MODEL in manifest["plan"]
-    name = f"W{scheme['bits']}A16"
+    schemes = Counter(
+        (layer["bits"], layer["group_size"], layer["sym"])
+        for entry in manifest["plan"].values()
+        for layer in entry["layers"].values()
+    )
+    names = [f"W{bits}A16" for bits in sorted({bits for bits, _, _ in schemes})]
     # Hubs take base_model for one of their own ids; a local folder's name would be a broken link.
     base = {"base_model": source["id"], "base_model_relation": "quantized"} if "/" in source["id"] else {}
     metadata = {
         **base,
         **_library(manifest["family"], single),
         "pipeline_tag": _PIPELINE_TAGS[recipe["model"]["task"]],
-        "tags": ["auto-round", name.lower(), "quantkit"],
+        "tags": ["auto-round", *map(str.lower, names), "quantkit"],
     }
     how = (
         f"AutoRound, {scheme['iters']} iterations of signed gradient descent per block, {manifest['samples']} "
@@ -32,17 +38,16 @@ def render_card(manifest: dict[str, Any]) -> str:
         if scheme["iters"]
         else "round to nearest (AutoRound's RTN)"
     )
+    overrides = manifest["recipe"]["overrides"]
+    changed = f" with {', '.join(f'`{text}`' for text in overrides)}" if overrides else ""
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).strip(),
         "---",
         "",
-        f"# {source['id']}, {name}",
+        f"# {source['id']}, {' and '.join(names)}",
         "",
-        (
-            f"{source['id']} with {scheme['bits']}-bit weights, group size {scheme['group_size']}, "
-            f"{'symmetric' if scheme['sym'] else 'asymmetric'}; activations stay in 16 bit. Quantized by {how}."
-        ),
+        f"{source['id']} with {_weights(schemes)}; activations stay in 16 bit. Quantized by {how}.",
         "",
         "| component | layers quantized | before, MB | after, MB | ratio |",
         "|---|---|---|---|---|",
@@ -75,13 +80,22 @@ def render_card(manifest: dict[str, Any]) -> str:
         "",
         (
             f"Made on {manifest['created']} by quantkit {manifest['versions'].get('quantkit', '?')} from recipe "
-            f"`{manifest['recipe']['name']}` (sha256 `{manifest['recipe']['sha256']}`), seed {scheme['seed']}. "
-            "`quantkit.json` holds the plan, the error of every layer, library versions and the sha256 of every "
-            "file; `quantkit verify` checks them."
+            f"`{manifest['recipe']['name']}` (sha256 `{manifest['recipe']['sha256']}`){changed}, "
+            f"seed {scheme['seed']}. `quantkit.json` holds the plan, the error of every layer, library versions "
+            "and the sha256 of every file; `quantkit verify` checks them."
         ),
         "",
     ]
     return "\n".join(lines)
+
+
+def _weights(schemes: Counter[tuple[int, int, bool]]) -> str:
+    """Return the schemes of the packed layers in words, with how many layers each has if there are several."""
+    return " and ".join(
+        f"{bits}-bit weights, group size {group_size}, {'symmetric' if sym else 'asymmetric'}"
+        + (f" ({count} layers)" if len(schemes) > 1 else "")
+        for (bits, group_size, sym), count in schemes.most_common()
+    )
 
 
 def _engine_row(engine: str, findings: list[dict[str, Any]]) -> str:

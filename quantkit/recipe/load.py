@@ -69,12 +69,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     data, lines, problems = _parse(path, raw)
     origins: dict[_Location, str] = {}
     for text in overrides:
-        _apply_override(data, text, origins)
+        _apply_override(data, text, lines, origins)
     try:
         # Through JSON, because pydantic's strict mode then takes a list where the schema has a tuple.
         recipe = Recipe.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        problems += [_describe(path, detail, lines, origins) for detail in error.errors()]
+        problems += [
+            _describe(path, detail, lines, origins)
+            for detail in error.errors()
+            # Items that are wrong are not counted: a list of one that is wrong would be said to be empty, too.
+            if detail["type"] != "too_short" or not detail["input"]
+        ]
         raise RecipeError(*sorted(set(problems), key=_by_line)) from error
     except (TypeError, ValueError) as error:  # a key that is a date, say, or a number of thousands of digits
         raise RecipeError(*problems, f"{path}:1: holds something that no recipe can hold: {error}") from error
@@ -105,7 +110,7 @@ def recipe_of(checkpoint: Path) -> LoadedRecipe | None:
 
 
 def _by_line(problem: str) -> tuple[int, str]:
-    match = re.match(r".*?:(\d+): ", problem)
+    match = re.match(r".*?:(\d+)(?:, with .*?)?: ", problem)
     return (int(match[1]) if match else 0, problem)
 
 
@@ -151,7 +156,9 @@ def _index_lines(
             _index_lines(value, (*where, index), lines, problems, path)
 
 
-def _apply_override(data: dict[str, Any], text: str, origins: dict[_Location, str]) -> None:
+def _apply_override(
+    data: dict[str, Any], text: str, lines: dict[_Location, int], origins: dict[_Location, str]
+) -> None:
     key, separator, value = text.partition("=")
     keys = tuple(key.split("."))
     if not separator or not all(keys):
@@ -168,6 +175,9 @@ def _apply_override(data: dict[str, Any], text: str, origins: dict[_Location, st
             raise RecipeError(f"--set {text}: {part} holds a value, not keys")
         target = target[part]
     target[keys[-1]] = parsed
+    for places in (lines, origins):  # what was below is replaced, too
+        for where in [where for where in places if where[: len(keys)] == keys]:
+            del places[where]
     origins[keys] = f"--set {text}"
 
 
@@ -186,12 +196,15 @@ def _describe(
     elif detail["type"] != "value_error" and not isinstance(detail["input"], dict | list):
         reason += f", not {detail['input']!r}"
     key = f"{_dotted(where)}: " if where else ""
+    # Keys that do not go together are told of the section: what was set in it may be one of them.
+    within = [text for keys, text in origins.items() if len(keys) > len(where) and keys[: len(where)] == where]
+    changed = f", with {', '.join(within)}" if within and detail["type"] == "value_error" else ""
     for end in range(len(where), -1, -1):
         if where[:end] in origins:
             return f"{origins[where[:end]]}: {key}{reason}"
         if where[:end] in lines:
-            return f"{path}:{lines[where[:end]]}: {key}{reason}"
-    return f"{path}:1: {key}{reason}"
+            return f"{path}:{lines[where[:end]]}{changed}: {key}{reason}"
+    return f"{path}:1{changed}: {key}{reason}"
 
 
 def _did_you_mean(where: _Location) -> str:

@@ -2,7 +2,7 @@
 
 A recipe is looked for as the path given, then in the folders of ``$QUANTKIT_RECIPE_PATH``, then among those
 that come with quantkit. A prompt file is looked for as the path given, beside the recipe that names it, then
-among those that come with quantkit.
+among those that come with quantkit; what a checkpoint's manifest names, in the working directory not at all.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from quantkit.errors import RecipeError
+from quantkit.recipe.load import MANIFEST
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -65,16 +66,20 @@ def find_prompts(name: str, recipe: Path | None) -> Path:
 
     Args:
         name: Path, or the name of a file that comes with quantkit.
-        recipe: The recipe that names it; None when an option does.
+        recipe: The recipe or manifest that names it; None when an option does.
 
     Raises:
         RecipeError: If there is none.
     """
     given = Path(name).expanduser()
-    tried = [given] if recipe is None else [recipe.parent / given, given]
+    recorded = recipe is not None and recipe.name == MANIFEST
+    tried = [] if recipe is None else [recipe.parent / given]
+    if not recorded:  # what a checkpoint names was found beside its recipe, elsewhere: a file here is another one
+        tried.append(given)
     tried.append(data_dir("prompts") / name)
     for path in tried:
         if path.is_file():
             return path
     asked_by = "" if recipe is None else f"{recipe}: "
-    raise RecipeError(f"{asked_by}prompts: no file {name} (looked for {', '.join(map(str, tried))})")
+    mend = "; give it with --prompts, or with --recipe the recipe that lies beside it" if recorded else ""
+    raise RecipeError(f"{asked_by}prompts: no file {name} (looked for {', '.join(map(str, tried))}){mend}")

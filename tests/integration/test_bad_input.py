@@ -229,6 +229,9 @@ def test_a_task_that_the_family_does_not_do(fails, model):
 def test_a_threshold_on_a_metric_that_does_not_exist(fails, model):
     line = fails(RECIPE + "compare: {thresholds: {pnsr: {min: 30}}}\n", model)
     assert line == "./recipe.yaml: compare.thresholds: pnsr: unknown metric (did you mean 'psnr'?)"
+    given = "compare.thresholds={pnsr: {min: 3}}"
+    line = fails(RECIPE, model, "--set", given)
+    assert line.startswith(f"./recipe.yaml, with --set {given}: compare.thresholds: pnsr: unknown metric (")
 
 
 def test_a_missing_prompt_file(fails, model):

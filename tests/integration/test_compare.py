@@ -191,7 +191,7 @@ def test_flags_win_over_the_recipe(quantkit, recipe, slight, tmp_path):
 def test_the_command_that_quantize_names_compares_what_it_made(quantkit, recipe, reference, tmp_path):
     code, out, _ = quantkit(
         "quantize", "--recipe", recipe(0.9), "--model", reference, "--output", tmp_path / "w4 a16",
-        "--set", "scheme.group_size=64",
+        "--set", "scheme.group_size=64", "--set", "compare.seeds=[7]",
     )  # fmt: skip
     assert code == 0
     line = out.splitlines()[-1]
@@ -199,6 +199,7 @@ def test_the_command_that_quantize_names_compares_what_it_made(quantkit, recipe,
     code, out, _ = quantkit(*shlex.split(line)[2:])
     assert code == 0
     assert out.splitlines()[-1] == str(tmp_path / "w4 a16-report" / "report.html")
+    assert json.loads((tmp_path / "w4 a16-report" / "result.json").read_text())["seeds"] == [7]
 
 
 def test_an_undecided_comparison_exits_with_3(quantkit, reference, slight, tmp_path, monkeypatch):
@@ -232,13 +233,13 @@ def test_an_undecided_comparison_exits_with_3(quantkit, reference, slight, tmp_p
         (["--recipe", "no-such"], "no-such: no such recipe"),
     ],
 )
-def test_bad_input_is_one_clear_line_and_exit_code_2(quantkit, reference, tmp_path, arguments, message):
+def test_bad_input_is_one_clear_line_and_exit_code_2(quantkit, reference, slight, tmp_path, arguments, message):
     code, out, err = quantkit(
         "compare",
         "--reference",
         reference,
         "--candidate",
-        reference,
+        slight,
         "--output",
         tmp_path / "out",
         *FLAGS,
@@ -248,6 +249,45 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(quantkit, reference, tmp_pa
     assert [message in line for line in err.splitlines() if line.startswith("error:")] == [True]
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["source", "org/source"])
+def test_a_recorded_name_of_a_local_source_is_not_looked_for_in_the_current_folder(
+    quantkit, reference, slight, tmp_path, monkeypatch, name
+):
+    candidate = shutil.copytree(slight, tmp_path / "candidate")
+    effective = {"version": 1, "model": {"id": name}, "scheme": {"iters": 0}}
+    (candidate / "quantkit.json").write_text(json.dumps({"recipe": {"effective": effective, "sha256": "0"}}))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to(reference)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["compare", "--candidate", candidate, "--output", "out", *FLAGS]
+    code, _, err = quantkit(*arguments)
+    assert code == 2
+    [line] = err.splitlines()
+    assert line.startswith(f"error: --reference: {candidate}/quantkit.json says ")
+    assert f"'{name}'" in line
+    code, _, err = quantkit(*arguments, "--reference", name)
+    assert code == 0, err
+
+
+def test_a_reference_that_is_the_candidate_is_refused_through_links_too(quantkit, reference, tmp_path):
+    (tmp_path / "link").symlink_to(reference)
+    code, _, err = quantkit(
+        "compare", "--reference", reference, "--candidate", tmp_path / "link", "--output", tmp_path / "out", *FLAGS
+    )
+    assert code == 2
+    assert err.startswith(f"error: --reference: {reference} is the candidate itself")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reference_that_is_quantized_is_warned_of(quantkit, flux_model, rtn_checkpoint, tmp_path):
+    arguments = ["compare", "--output", tmp_path / "out", *FLAGS]
+    code, _, err = quantkit(*arguments, "--reference", rtn_checkpoint, "--candidate", flux_model)
+    assert code == 0, err
+    assert "warning: the reference is itself quantized (transformer: W4A16, group 64, symmetric)" in err
+    _, _, err = quantkit(*arguments, "--reference", flux_model, "--candidate", rtn_checkpoint, "--overwrite")
+    assert "warning" not in err
 
 
 def test_a_candidate_whose_manifest_is_broken_is_refused(quantkit, reference, tmp_path):

@@ -215,11 +215,12 @@ def test_the_command_line_compares_a_video_model_without_options_of_its_family(
     prompts = folder / "prompts.jsonl"
     prompts.write_text(json.dumps({"caption": "a red circle", "image": picture.name}))
     source = str(tiny_model("wan_i2v"))
+    candidate = shutil.copytree(source, folder / "cli-candidate")
     monkeypatch.setattr(
         "sys.argv",
         [
-            "quantkit", "compare", "--task", "i2v", "--reference", source, "--candidate", source, "--device", "cpu",
-            "--prompts", str(prompts), "--height", "32", "--width", "32", "--num-frames", "5",
+            "quantkit", "compare", "--task", "i2v", "--reference", source, "--candidate", str(candidate),
+            "--device", "cpu", "--prompts", str(prompts), "--height", "32", "--width", "32", "--num-frames", "5",
             "--num-inference-steps", "2", "--output", str(folder / "cli"), "--no-noise-floor",
         ],
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Quantizing the tiny pipeline end to end: what comes out, and that it comes out the same again."""
 
 import json
+import re
 import stat
 
 import pytest
@@ -64,6 +65,29 @@ def test_the_model_card_has_the_block_that_hubs_read(rtn_checkpoint):
     assert metadata["library_name"] == "diffusers"
     assert metadata["pipeline_tag"] == "text-to-image"
     assert "w4a16" in metadata["tags"]
+
+
+def test_the_card_of_a_mixed_scheme_names_every_scheme(quantize_tiny, tmp_path):
+    text = "layers.overrides=[{match: '*.to_q', bits: 8, group_size: 32}]"
+    card = (quantize_tiny(tmp_path / "out", text).output / "README.md").read_text()
+    assert "# tiny-flux, W4A16 and W8A16\n" in card
+    assert "- w4a16\n- w8a16\n" in card
+    found = re.search(
+        r"with 4-bit weights, group size 64, symmetric \((\d+) layers\) and 8-bit weights, "
+        r"group size 32, symmetric \((\d+) layers\);",
+        card,
+    )
+    assert sum(map(int, found.groups())) == 40
+
+
+def test_card_and_inspect_name_what_was_set_on_top_of_the_recipe(quantize_tiny, tmp_path, capsys):
+    from quantkit.cli.inspect import command
+
+    text = "layers.exclude=['*.to_q']"
+    output = quantize_tiny(tmp_path / "out", text, "scheme.sym=false").output
+    assert f"`) with `{text}`, `scheme.sym=false`, seed 42" in (output / "README.md").read_text()
+    command(str(output))
+    assert f") with --set {text}, --set scheme.sym=false\n" in capsys.readouterr().out
 
 
 def test_predicted_bytes_are_the_written_bytes(quantize_tiny, tmp_path):

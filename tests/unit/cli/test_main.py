@@ -1,5 +1,7 @@
 """The command line as a whole: help, exit codes, how errors are shown, and what it does not import."""
 
+import errno
+import re
 import resource
 import subprocess
 import sys
@@ -140,6 +142,46 @@ def test_a_recipe_that_bounds_a_metric_of_another_task_is_not_valid(run, tmp_pat
     code, _, errors = run("recipes", "validate", recipe)
     assert code == 2
     assert errors.startswith(f"error: {recipe}: compare.thresholds: token_kl: unknown metric (")
+
+
+@pytest.mark.parametrize("ending", ["\n", "\n\n"])
+def test_a_shown_recipe_is_the_file_itself_and_its_path_is_on_standard_error(run, tmp_path, ending):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"version: 1\nmodel: {{id: '[bold]demo[/]'}}  # {'long ' * 60}end{ending}")
+    assert run("recipes", "show", recipe) == (0, recipe.read_text(), f"{recipe}\n")
+
+
+def test_a_shown_recipe_is_not_cropped_on_a_terminal(run, tmp_path, monkeypatch):
+    from rich.console import Console
+
+    monkeypatch.setattr("quantkit.cli.recipes.output", Console(force_terminal=True, width=40, color_system="256"))
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"version: 1  # {'long ' * 60}end\n")
+    code, output, _ = run("recipes", "show", recipe)
+    assert code == 0
+    assert "\x1b[" in output
+    assert re.sub(r"\x1b\[[\d;]*m", "", output) == recipe.read_text()
+
+
+def test_a_recipe_that_a_full_disk_cuts_off_is_not_left_behind(run, tmp_path, monkeypatch):
+    def fail(_source, target):
+        target.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", fail)
+    code, _, errors = run("recipes", "cp", "flux", tmp_path)
+    assert (code, errors) == (2, f"error: {tmp_path / 'flux.yaml'}: cannot be written: No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_of_a_task_that_its_family_does_not_do_is_told_so_and_nothing_of_its_metrics(run, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "version: 1\nmodel: {id: demo, family: flux, task: chat}\nscheme: {iters: 0}\n"
+        "compare: {thresholds: {psnr: {min: 30}}}\n"
+    )
+    code, _, errors = run("recipes", "validate", recipe)
+    assert (code, errors) == (2, f"error: {recipe}: model.task: recipes of flux say t2i, not chat\n")
 
 
 def test_a_recipe_is_never_copied_over_a_file(run, tmp_path):

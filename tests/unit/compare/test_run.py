@@ -139,10 +139,22 @@ def test_weights_and_time_of_both_models_are_measured(model, run):
     assert result.reference.step_ms.count == result.candidate.step_ms.count == 30
 
 
-def test_one_step_per_image_leaves_the_time_per_step_unavailable(model, run):
-    result = run(model("a"), model("b"), sampling=(SMALL, Sampling(num_inference_steps=1)))
+@pytest.mark.parametrize(("prompts", "steps"), [(3, 1), (1, 2), (2, 2)])
+def test_a_ratio_of_fewer_than_three_timed_steps_is_unavailable_and_undecided(model, run, tmp_path, prompts, steps):
+    few = {"prompts": PROMPTS[:prompts], "seeds": (0,), "sampling": (SMALL, Sampling(num_inference_steps=steps))}
+    result = run(model("a"), model("b"), thresholds={"step_time_ratio": Threshold(max=1e6)}, **few)
     assert result.reference.step_ms is None
-    assert "two denoising steps" in result.unavailable["step_time_ratio"]
+    assert "too few denoising steps to time" in result.unavailable["step_time_ratio"]
+    assert result.verdict.outcome == "INCONCLUSIVE"
+    assert not any("step_time_ratio" in item.metrics for item in result.items)
+    assert "too few denoising steps to time" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_three_timed_steps_are_enough_for_a_ratio(model, run):
+    three = {"seeds": (0,), "sampling": (SMALL, Sampling(num_inference_steps=2))}
+    result = run(model("a"), model("b"), thresholds={"step_time_ratio": Threshold(max=1e6)}, **three)
+    assert result.reference.step_ms.count == 3
+    assert result.verdict.outcome == "PASS"
 
 
 def test_later_sampling_layers_win_and_the_family_fills_in_the_rest(model, run):
@@ -189,6 +201,7 @@ def test_the_noise_floor_can_be_left_out(model, run):
             "backend 'triton': only for packed layers, and .*/model and",
         ),
         ({"task": "t2v"}, UnsupportedModelError, "task t2v"),
+        ({"task": "chat"}, UnsupportedModelError, "task chat: the family flux does t2i"),
         ({"sampling": (Sampling(num_frames=5),)}, RecipeError, "flux takes no num_frames"),
         ({"lpips_backbone": "model/behaviour.json"}, RecipeError, "cannot be read as AlexNet weights"),
     ],

@@ -111,6 +111,37 @@ def test_an_override_that_is_no_yaml_is_refused(write, value):
 
 
 @pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("scheme={bits: 9}", "--set scheme={bits: 9}: scheme.bits: 9 is not one of 2, 3, 4 or 8"),
+        (
+            "compare.seeds=[-1]",
+            "--set compare.seeds=[-1]: compare.seeds[0]: input should be greater than or equal to 0, not -1",
+        ),
+        (
+            "compare.thresholds.psnr.max=5",
+            "recipe.yaml:5, with --set compare.thresholds.psnr.max=5: compare.thresholds.psnr: min is above max",
+        ),
+        (
+            "scheme.iters=9",
+            (
+                "recipe.yaml:1, with --set scheme.iters=9: tuning (scheme.iters above 0) needs "
+                "calibration.prompts or calibration.dataset"
+            ),
+        ),
+    ],
+)
+def test_a_mistake_of_an_override_is_told_once_and_never_of_the_file_alone(write, text, told):
+    recipe = write(
+        "version: 1\nmodel: {id: a}\nscheme: {bits: 4, iters: 0}\n"
+        "compare:\n  thresholds: {psnr: {min: 30}}\n  seeds: [1]\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, [text])
+    assert [problem.replace(str(recipe), "recipe.yaml") for problem in caught.value.problems] == [told]
+
+
+@pytest.mark.parametrize(
     ("text", "line"),
     [
         ("modl: 1", "recipe.yaml:4: modl: unknown key (did you mean model?)"),

@@ -67,6 +67,16 @@ def test_missing_prompts_name_the_recipe_and_the_places(elsewhere):
     )
 
 
+def test_prompts_that_a_checkpoint_names_are_not_taken_from_the_working_directory(elsewhere):
+    manifest = elsewhere[0] / "quantkit.json"
+    (elsewhere[2] / "mine.txt").touch()
+    (elsewhere[2] / "t2i.txt").touch()
+    with pytest.raises(RecipeError, match=r"no file mine\.txt .*; give it with --prompts, or with --recipe "):
+        find_prompts("mine.txt", manifest)
+    assert find_prompts("t2i.txt", manifest) == data_dir("prompts") / "t2i.txt"
+    assert find_prompts(str(elsewhere[2] / "mine.txt"), manifest) == elsewhere[2] / "mine.txt"
+
+
 @pytest.mark.parametrize("name", ["flux", "flux-tuned", "demo-flux"])
 def test_every_recipe_that_comes_with_quantkit_is_valid(name):
     assert load_recipe(find_recipe(name)).recipe.version == 1
