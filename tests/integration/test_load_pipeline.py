@@ -436,6 +436,14 @@ BREAKAGES = {
         lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
         "vae: holds no safetensors weights",
     ),
+    "text encoder in 16 bit without one of its weights": (
+        lambda f: drop_tensor(f / "text_encoder" / "model.safetensors", "layer_norm1.weight"),
+        "text_encoder: .*layer_norm1.weight: missing from the weights",
+    ),
+    "VAE without one of its weights": (
+        lambda f: drop_tensor(f / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_in.bias"),
+        "vae: decoder.conv_in.bias: missing from the weights",
+    ),
     "two quantization_configs that differ": (
         lambda f: (f / "transformer" / "config.json").write_text(
             json.dumps({"quantization_config": VALID_METADATA, "text": {"quantization_config": {"bits": 8}}})
@@ -443,6 +451,15 @@ BREAKAGES = {
         "transformer/config.json: text.quantization_config: differs from quantization_config",
     ),
 }
+
+
+def drop_tensor(path, ending):
+    state = load_file(path)
+    del state[min(name for name in state if name.endswith(ending))]
+    path.unlink()
+    save_file(state, path, metadata={"format": "pt"})
+
+
 VALID_METADATA = {"quant_method": "auto-round", "bits": 4, "group_size": 64, "sym": True}
 
 
@@ -454,6 +471,13 @@ def test_a_broken_checkpoint_is_refused_with_one_line_that_names_the_fault(check
     with pytest.raises(CheckpointFormatError, match=message) as caught:
         load_pipeline(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_in_16_bit_without_one_of_its_weights_does_not_run_on_random_ones(source, tmp_path):
+    folder = shutil.copytree(source / "text_encoder", tmp_path / "broken")
+    drop_tensor(folder / "model.safetensors", "layer_norm1.weight")
+    with pytest.raises(CheckpointFormatError, match=r"broken: .*layer_norm1.weight: missing from the weights"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize(
