@@ -108,8 +108,8 @@ def load_pipeline(
             continue
         quantization = quantization_of(read_json(config_path), config_path)
         shared = group is not None and _is_shared(entry, index_path)
+        files = _open_weights(folder / name, quantization)  # damage shows here, with the file's name
         if quantization is None and not shared:
-            files = WeightFiles(folder / name)  # damage shows here, with the file's name
             if entry[0] in ("diffusers", "transformers"):
                 loaded[name] = _from_pretrained(files, find_class(entry[0], entry[1], index_path), dtype)
             continue
@@ -189,6 +189,7 @@ def load_model(
     quantization = quantization_of(config, config_path)
     if (generation := folder / _GENERATION).is_file():
         read_json(generation)  # damage shows here: transformers would go on without it
+    files = _open_weights(folder, quantization)
     group = _group(tensor_parallel)
     model: nn.Module
     if quantization is not None or is_own(config) or group is not None:
@@ -196,10 +197,20 @@ def load_model(
             folder, model_class, quantization, target, dtype, compute=compute, backend=backend, group=group
         )
     else:
-        model = _from_pretrained(WeightFiles(folder), model_class, dtype).to(target).eval()
+        model = _from_pretrained(files, model_class, dtype).to(target).eval()
     if compile:
         compile_model(model)
     return model
+
+
+def _open_weights(folder: Path, quantization: QuantizationConfig | None) -> WeightFiles:
+    files = WeightFiles(folder)
+    if quantization is None and any(name.endswith(".qweight") for name in files.tensors):
+        raise CheckpointFormatError(
+            f"{folder / 'config.json'}: has no quantization_config, but the weights are packed; "
+            "copy the checkpoint again"
+        )
+    return files
 
 
 def _from_pretrained(files: WeightFiles, model_class: Any, dtype: torch.dtype) -> nn.Module:

@@ -444,6 +444,10 @@ BREAKAGES = {
         lambda f: drop_tensor(f / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_in.bias"),
         "vae: decoder.conv_in.bias: missing from the weights",
     ),
+    "packed weights that are not said to be packed": (
+        lambda f: forget_quantization(f / "transformer" / "config.json"),
+        "transformer/config.json: has no quantization_config, but the weights are packed; copy the checkpoint",
+    ),
     "two quantization_configs that differ": (
         lambda f: (f / "transformer" / "config.json").write_text(
             json.dumps({"quantization_config": VALID_METADATA, "text": {"quantization_config": {"bits": 8}}})
@@ -451,6 +455,12 @@ BREAKAGES = {
         "transformer/config.json: text.quantization_config: differs from quantization_config",
     ),
 }
+
+
+def forget_quantization(path):
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
 
 
 def drop_tensor(path, ending):
