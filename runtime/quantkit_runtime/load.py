@@ -25,7 +25,12 @@ from quantkit_runtime.choice import check_choice
 from quantkit_runtime.compilation import compile_model, compile_pipeline
 from quantkit_runtime.config import QuantizationConfig, quantization_of
 from quantkit_runtime.download import download
-from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, ParallelError
+from quantkit_runtime.errors import (
+    BackendUnavailableError,
+    CheckpointFormatError,
+    ParallelError,
+    QuantkitRuntimeError,
+)
 from quantkit_runtime.graphs import check_recordable, record_pipeline
 from quantkit_runtime.models.glm_image import split_pictures
 from quantkit_runtime.optional import import_optional
@@ -73,9 +78,11 @@ def load_pipeline(
         BackendUnavailableError: Device, compute mode or backend are not available here, or the latter two have no
             packed layer to go to.
         MissingDependencyError: diffusers is not installed.
-        QuantkitRuntimeError: ``compile`` finds no repeated blocks, or ``cuda_graphs`` no CUDA device.
+        QuantkitRuntimeError: ``dtype`` is no dtype, ``compile`` finds no repeated blocks, or ``cuda_graphs`` no
+            CUDA device.
     """
     target = available_device(device)
+    _check_dtype(dtype)
     group = _group(tensor_parallel)
     if cuda_graphs:
         check_recordable(target, group)
@@ -177,12 +184,17 @@ def load_model(
         BackendUnavailableError: Device, compute mode or backend are not available here, or the latter two have no
             packed layer to go to.
         MissingDependencyError: The library of the model's class is not installed.
-        QuantkitRuntimeError: ``compile`` finds no repeated blocks.
+        QuantkitRuntimeError: ``dtype`` is no dtype, ``compile`` finds no repeated blocks.
         ParallelError: The model cannot be shared by so many ranks.
     """
     target = available_device(device)
+    _check_dtype(dtype)
     folder = local_folder(path)
     config_path = folder / "config.json"
+    if not config_path.is_file() and (folder / "model_index.json").is_file():
+        raise CheckpointFormatError(
+            f"{folder}: is a pipeline; load it with load_pipeline, or one component's folder"
+        )
     config = read_json(config_path)
     check_choice(folder, compute=compute, backend=backend)
     model_class = class_of(config, config_path)
@@ -201,6 +213,11 @@ def load_model(
     if compile:
         compile_model(model)
     return model
+
+
+def _check_dtype(dtype: Any) -> None:
+    if not isinstance(dtype, torch.dtype):
+        raise QuantkitRuntimeError(f"dtype {dtype!r}: not a torch.dtype; give one, as torch.bfloat16")
 
 
 def _open_weights(folder: Path, quantization: QuantizationConfig | None) -> WeightFiles:

@@ -16,7 +16,12 @@ from safetensors.torch import load_file, save_file
 from tiny import build_flux
 
 from quantkit_runtime import W4A16Linear, load_model, load_pipeline
-from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, MissingDependencyError
+from quantkit_runtime.errors import (
+    BackendUnavailableError,
+    CheckpointFormatError,
+    MissingDependencyError,
+    QuantkitRuntimeError,
+)
 from quantkit_runtime.format import QuantizationConfig, Scheme, dequantize, pack
 from quantkit_runtime.rounding import quantize_rtn
 
@@ -488,6 +493,17 @@ def test_a_model_in_16_bit_without_one_of_its_weights_does_not_run_on_random_one
     drop_tensor(folder / "model.safetensors", "layer_norm1.weight")
     with pytest.raises(CheckpointFormatError, match=r"broken: .*layer_norm1.weight: missing from the weights"):
         load_model(folder)
+
+
+def test_a_pipeline_given_as_a_model_is_told_to_be_loaded_as_one(source):
+    with pytest.raises(CheckpointFormatError, match="is a pipeline; load it with load_pipeline"):
+        load_model(source)
+
+
+@pytest.mark.parametrize("load", [load_pipeline, load_model])
+def test_a_dtype_that_is_a_text_is_refused(source, load):
+    with pytest.raises(QuantkitRuntimeError, match=r"dtype 'bfloat16': not a torch.dtype; give one, as torch.bfl"):
+        load(source, dtype="bfloat16")
 
 
 @pytest.mark.parametrize(
