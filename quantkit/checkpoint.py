@@ -22,6 +22,10 @@ from quantkit_runtime.errors import CheckpointFormatError
 SINGLE_MODEL = "model"
 """Name of the one component of a model that is no pipeline."""
 
+# A tokenizer has one of these, depending on its class and age; ByT5 reads bytes and needs none.
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+_WITHOUT_WEIGHTS = ("Processor", "ProcessorFast", "FeatureExtractor")
+
 
 @dataclass(frozen=True)
 class Component:
@@ -57,6 +61,23 @@ class Component:
     def parameters(self) -> int:
         """How many numbers its tensors hold."""
         return sum(math.prod(info.shape) for info in self.tensors.values())
+
+    def find_missing(self) -> str | None:
+        """Say what is missing without which no library loads the component; None if nothing is known to be."""
+        needed: tuple[str, ...]
+        if self.class_name.endswith("Scheduler"):
+            needed = ("scheduler_config.json",)
+        elif "Tokenizer" in self.class_name:
+            needed = ("tokenizer_config.json",) if self.class_name.startswith("ByT5") else _VOCABULARIES
+        elif self.library not in ("diffusers", "transformers") or self.class_name.endswith(_WITHOUT_WEIGHTS):
+            return None
+        else:
+            needed = ("config.json",)
+        if not any(any(self.folder.glob(name)) for name in needed):
+            return f"{self.folder / needed[0]}: is missing"
+        if needed == ("config.json",) and not self.tensors:
+            return f"{self.folder}: has a config.json but no weights"
+        return None
 
     def check_described(self) -> None:
         """Check that packed weights are said to be packed: nothing could read them otherwise.

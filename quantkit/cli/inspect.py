@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from quantkit.cli.console import gigabytes, new_table, output
+from quantkit.cli.console import errors, gigabytes, new_table, output
 from quantkit.cli.models import resolve_model
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def _print_findings(folder: Path, target: str, findings: list[Finding]) -> None:
 
 
 def _print_summary(summary: Summary) -> None:
+    from quantkit.recipe.load import MANIFEST
+
     table = new_table(
         f"{summary.folder} ({summary.class_name})",
         *("component", "class", "size", "tensors", "quantized layers", "dtypes by size"),
@@ -98,13 +100,18 @@ def _print_summary(summary: Summary) -> None:
         if part.quantization is not None:
             shown = {key: value for key, value in part.quantization.items() if key != "extra_config"}
             output.print(f"{part.name}.quantization_config: {shown}", highlight=False, soft_wrap=True)
-    if summary.provenance is not None:
-        recipe, source = summary.provenance["recipe"], summary.provenance["source"]
-        changed = f" with --set {', --set '.join(recipe['overrides'])}" if recipe["overrides"] else ""
-        output.print(
-            f"made {summary.provenance['created']} from {source['id']} by recipe {recipe['name']} "
-            f"(sha256 {recipe['sha256'][:12]}){changed}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+    match summary.provenance:
+        case None:
+            pass
+        case {
+            "created": made,
+            "source": {"id": source},
+            "recipe": {"name": recipe, "sha256": str(sha256), "overrides": [*overrides]},
+        }:
+            changed = "".join(f" --set {text}" for text in overrides)
+            text = f"made {made} from {source} by recipe {recipe} (sha256 {sha256[:12]})"
+            text += f" with{changed}" if changed else ""
+            output.print(text, markup=False, highlight=False, soft_wrap=True)
+        case _:
+            text = f"warning: {summary.folder / MANIFEST}: does not say what the checkpoint was made from"
+            errors.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 Layout = Literal["diffusers", "transformers"]
 KEY = "quantization_config"
 PACKED_SUFFIXES = ("qweight", "qzeros", "scales")
-_WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor")
 
 
 @dataclass(frozen=True)
@@ -183,12 +182,12 @@ def _open_pipeline(folder: Path) -> Checkpoint:
     models, damage = [], []
     for component in opened.components.values():
         try:
-            tensors, config = component.tensors, component.config
+            tensors, missing = component.tensors, component.find_missing()
         except CheckpointError as error:
             damage.append(str(error))
             continue
-        if config and not tensors and not component.class_name.endswith(_WEIGHTLESS):
-            damage.append(f"{component.folder}: has a config.json but no weights; copy the component again")
+        if missing is not None:
+            damage.append(f"{missing}; copy the component again")
         elif component.quantization is not None:
             path = component.folder / "config.json"
             models.append(

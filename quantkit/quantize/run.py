@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Component, ModelFolder, open_model
-from quantkit.errors import OutputError, QuantizationError, RecipeError, UnsupportedModelError
+from quantkit.errors import CheckpointError, OutputError, QuantizationError, RecipeError, UnsupportedModelError
 from quantkit.families.base import Family
 from quantkit.families.registry import detect, get_family
 from quantkit.inspect.rule import Target
@@ -86,7 +86,7 @@ def prepare(loaded: LoadedRecipe, source: Path | ModelFolder) -> Prepared:
     """
     recipe = loaded.recipe
     expected = get_family(recipe.model.family) if recipe.model.family is not None else None
-    model = open_model(source) if isinstance(source, Path) else source
+    model = _open_whole(source) if isinstance(source, Path) else source
     family = detect(model)
     if expected is not None and expected.name != family.name:
         raise UnsupportedModelError(
@@ -106,6 +106,14 @@ def prepare(loaded: LoadedRecipe, source: Path | ModelFolder) -> Prepared:
     prompts = _calibration_samples(loaded, family)
     family.check_calibration(model.folder, prompts, recipe.scheme.seqlen)  # now, not after an hour
     return Prepared(loaded, family, plan, prompts, estimate_memory(plan, family, recipe))
+
+
+def _open_whole(folder: Path) -> ModelFolder:
+    model = open_model(folder)
+    for component in model.components.values():
+        if missing := component.find_missing():
+            raise CheckpointError(f"{missing}; download the model again")
+    return model
 
 
 def _keys_of(path: Path, name: str, section: Sampling) -> Callable[[str], str]:

@@ -78,8 +78,8 @@ def verify(
         raise CheckpointError(f"{checkpoint}: no component has a quantization_config; it is not quantized")
     for component in written.components.values():
         _ = component.tensors  # reads every header, raises on truncated files and incomplete indexes
-        if not component.tensors and not component.class_name.endswith(("Scheduler", "Tokenizer", "TokenizerFast")):
-            _check_weightless(component, result)
+        if missing := component.find_missing():
+            result.problems.append(missing)
     for component in quantized:
         result.layers[component.name] = _check_structure(component, family, result)
     result.checked.append("components, indexes, shapes, dtypes, names")
@@ -106,11 +106,6 @@ def _open_original(source: Path) -> ModelFolder:
                 f"{component.folder / 'config.json'}: the source is quantized itself; give the 16-bit original"
             )
     return original
-
-
-def _check_weightless(component: Component, result: Verification) -> None:
-    if (component.folder / "config.json").is_file():
-        result.problems.append(f"{component.folder}: has a config.json but no weights")
 
 
 def _check_structure(component: Component, family: Family, result: Verification) -> list[PlannedLayer]:

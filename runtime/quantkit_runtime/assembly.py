@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -187,10 +187,23 @@ def _fill(
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [name for name, tensor in tensors if tensor.device.type == "meta"]
     missing += sorted(packed - state.keys() - set(missing))
+    check_none_missing(files.folder, missing)
+
+
+def check_none_missing(folder: Path, missing: Sequence[str]) -> None:
+    """Check that the weights of a folder hold all that its model needs.
+
+    Args:
+        folder: Holds the weights.
+        missing: Names of the tensors that they lack.
+
+    Raises:
+        CheckpointFormatError: There are any.
+    """
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointFormatError(
-            f"{files.folder}: {missing[0]}{more}: missing from the weights; download or quantize the model again"
+            f"{folder}: {missing[0]}{more}: missing from the weights; download or quantize the model again"
         )
 
 

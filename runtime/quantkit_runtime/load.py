@@ -19,13 +19,18 @@ import torch
 from torch import nn
 
 from quantkit_runtime.architecture import build_transformers, class_of, find_class, is_own, library_errors
-from quantkit_runtime.assembly import assemble
+from quantkit_runtime.assembly import assemble, check_none_missing
 from quantkit_runtime.checkpoint import WeightFiles, read_json
 from quantkit_runtime.choice import check_choice
 from quantkit_runtime.compilation import compile_model, compile_pipeline
 from quantkit_runtime.config import QuantizationConfig, quantization_of
 from quantkit_runtime.download import download
-from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, ParallelError
+from quantkit_runtime.errors import (
+    BackendUnavailableError,
+    CheckpointFormatError,
+    ParallelError,
+    QuantkitRuntimeError,
+)
 from quantkit_runtime.graphs import check_recordable, record_pipeline
 from quantkit_runtime.models.glm_image import split_pictures
 from quantkit_runtime.optional import import_optional
@@ -73,9 +78,11 @@ def load_pipeline(
         BackendUnavailableError: Device, compute mode or backend are not available here, or the latter two have no
             packed layer to go to.
         MissingDependencyError: diffusers is not installed.
-        QuantkitRuntimeError: ``compile`` finds no repeated blocks, or ``cuda_graphs`` no CUDA device.
+        QuantkitRuntimeError: ``dtype`` is no dtype, ``compile`` finds no repeated blocks, or ``cuda_graphs`` no
+            CUDA device.
     """
     target = available_device(device)
+    _check_dtype(dtype)
     group = _group(tensor_parallel)
     if cuda_graphs:
         check_recordable(target, group)
@@ -93,7 +100,7 @@ def load_pipeline(
     check_choice(folder, compute=compute, backend=backend)
     diffusers = import_optional("diffusers")
     index = read_json(index_path)
-    packed, has_shared_denoiser = {}, False
+    loaded, has_shared_denoiser = {}, False
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list):
             continue
@@ -108,19 +115,21 @@ def load_pipeline(
             continue
         quantization = quantization_of(read_json(config_path), config_path)
         shared = group is not None and _is_shared(entry, index_path)
+        files = _open_weights(folder / name, quantization)  # damage shows here, with the file's name
         if quantization is None and not shared:
-            WeightFiles(folder / name)  # damage shows here, with the file's name
+            if entry[0] in ("diffusers", "transformers"):
+                loaded[name] = _from_pretrained(files, find_class(entry[0], entry[1], index_path), dtype)
             continue
         model_class = find_class(entry[0], entry[1], index_path)
         load = partial(
             _assemble, folder / name, model_class, quantization, target, dtype, compute=compute, backend=backend
         )
         try:
-            packed[name] = load(group=group if shared else None)
+            loaded[name] = load(group=group if shared else None)
         except ParallelError:
             if entry[0] == "diffusers":
                 raise
-            packed[name] = load()  # a text encoder that cannot be divided by so many ranks stays whole
+            loaded[name] = load()  # a text encoder that cannot be divided by so many ranks stays whole
         has_shared_denoiser |= shared and entry[0] == "diffusers"
     if group is not None and not has_shared_denoiser:
         raise ParallelError(f"{folder}: no component has a tensor-parallel plan; run it on one rank")
@@ -128,9 +137,9 @@ def load_pipeline(
     pipeline_class = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
     with library_errors(folder):
         pipeline = pipeline_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **packed
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **loaded
         )
-    assert all(getattr(pipeline, name) is model for name, model in packed.items())
+    assert all(getattr(pipeline, name) is model for name, model in loaded.items())
     if type(pipeline).__name__ == "GlmImagePipeline":
         split_pictures(pipeline.vision_language_encoder)
     return _ready(pipeline, target, compile=compile, cuda_graphs=cuda_graphs)
@@ -175,18 +184,24 @@ def load_model(
         BackendUnavailableError: Device, compute mode or backend are not available here, or the latter two have no
             packed layer to go to.
         MissingDependencyError: The library of the model's class is not installed.
-        QuantkitRuntimeError: ``compile`` finds no repeated blocks.
+        QuantkitRuntimeError: ``dtype`` is no dtype, ``compile`` finds no repeated blocks.
         ParallelError: The model cannot be shared by so many ranks.
     """
     target = available_device(device)
+    _check_dtype(dtype)
     folder = local_folder(path)
     config_path = folder / "config.json"
+    if not config_path.is_file() and (folder / "model_index.json").is_file():
+        raise CheckpointFormatError(
+            f"{folder}: is a pipeline; load it with load_pipeline, or one component's folder"
+        )
     config = read_json(config_path)
     check_choice(folder, compute=compute, backend=backend)
     model_class = class_of(config, config_path)
     quantization = quantization_of(config, config_path)
     if (generation := folder / _GENERATION).is_file():
         read_json(generation)  # damage shows here: transformers would go on without it
+    files = _open_weights(folder, quantization)
     group = _group(tensor_parallel)
     model: nn.Module
     if quantization is not None or is_own(config) or group is not None:
@@ -194,12 +209,40 @@ def load_model(
             folder, model_class, quantization, target, dtype, compute=compute, backend=backend, group=group
         )
     else:
-        WeightFiles(folder)
-        with library_errors(folder):
-            model = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-            model.to(target).eval()
+        model = _from_pretrained(files, model_class, dtype).to(target).eval()
     if compile:
         compile_model(model)
+    return model
+
+
+def _check_dtype(dtype: Any) -> None:
+    if not isinstance(dtype, torch.dtype):
+        raise QuantkitRuntimeError(f"dtype {dtype!r}: not a torch.dtype; give one, as torch.bfloat16")
+
+
+def _open_weights(folder: Path, quantization: QuantizationConfig | None) -> WeightFiles:
+    files = WeightFiles(folder)
+    if quantization is None and any(name.endswith(".qweight") for name in files.tensors):
+        raise CheckpointFormatError(
+            f"{folder / 'config.json'}: has no quantization_config, but the weights are packed; "
+            "copy the checkpoint again"
+        )
+    return files
+
+
+def _from_pretrained(files: WeightFiles, model_class: Any, dtype: torch.dtype) -> nn.Module:
+    """Load a model of which nothing is packed through its library, which would go on where a weight is missing."""
+    speaks = hasattr(model_class, "load_speakers")  # Qwen2.5-Omni, whose own method cannot return what is missing
+    load = super(model_class, model_class).from_pretrained if speaks else model_class.from_pretrained
+    model: nn.Module
+    with library_errors(files.folder):
+        model, report = load(
+            files.folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        if speaks:
+            model_class.load_speakers(model, files.folder / _SPEAKERS)
+    parameters = dict(model.named_parameters())  # a buffer that is missing has been computed
+    check_none_missing(files.folder, sorted(parameters.keys() & report["missing_keys"]))
     return model
 
 

@@ -122,6 +122,27 @@ def test_truncated_weights(fails, model, component):
     assert line.endswith("copy it again")
 
 
+@pytest.mark.parametrize(
+    "lost",
+    ["vae/config.json", "text_encoder/config.json", "transformer/config.json", "scheduler/scheduler_config.json"],
+)
+def test_a_component_without_its_config(fails, model, lost):
+    (model / lost).rename(model / lost.replace("config", "other"))
+    assert fails(RECIPE, model) == f"./model/{lost}: is missing; download the model again"
+
+
+def test_a_tokenizer_without_any_vocabulary(fails, model):
+    for path in [*model.glob("tokenizer/*")]:
+        path.unlink()
+    (model / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    assert fails(RECIPE, model) == "./model/tokenizer/tokenizer.json: is missing; download the model again"
+
+
+def test_a_component_without_its_weights(fails, model):
+    (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert fails(RECIPE, model) == "./model/vae: has a config.json but no weights; download the model again"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.parametrize(
     ("component", "name"),

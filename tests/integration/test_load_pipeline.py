@@ -16,7 +16,12 @@ from safetensors.torch import load_file, save_file
 from tiny import build_flux
 
 from quantkit_runtime import W4A16Linear, load_model, load_pipeline
-from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, MissingDependencyError
+from quantkit_runtime.errors import (
+    BackendUnavailableError,
+    CheckpointFormatError,
+    MissingDependencyError,
+    QuantkitRuntimeError,
+)
 from quantkit_runtime.format import QuantizationConfig, Scheme, dequantize, pack
 from quantkit_runtime.rounding import quantize_rtn
 
@@ -436,6 +441,18 @@ BREAKAGES = {
         lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
         "vae: holds no safetensors weights",
     ),
+    "text encoder in 16 bit without one of its weights": (
+        lambda f: drop_tensor(f / "text_encoder" / "model.safetensors", "layer_norm1.weight"),
+        "text_encoder: .*layer_norm1.weight: missing from the weights",
+    ),
+    "VAE without one of its weights": (
+        lambda f: drop_tensor(f / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_in.bias"),
+        "vae: decoder.conv_in.bias: missing from the weights",
+    ),
+    "packed weights that are not said to be packed": (
+        lambda f: forget_quantization(f / "transformer" / "config.json"),
+        "transformer/config.json: has no quantization_config, but the weights are packed; copy the checkpoint",
+    ),
     "two quantization_configs that differ": (
         lambda f: (f / "transformer" / "config.json").write_text(
             json.dumps({"quantization_config": VALID_METADATA, "text": {"quantization_config": {"bits": 8}}})
@@ -443,6 +460,21 @@ BREAKAGES = {
         "transformer/config.json: text.quantization_config: differs from quantization_config",
     ),
 }
+
+
+def forget_quantization(path):
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
+
+
+def drop_tensor(path, ending):
+    state = load_file(path)
+    del state[min(name for name in state if name.endswith(ending))]
+    path.unlink()
+    save_file(state, path, metadata={"format": "pt"})
+
+
 VALID_METADATA = {"quant_method": "auto-round", "bits": 4, "group_size": 64, "sym": True}
 
 
@@ -454,6 +486,24 @@ def test_a_broken_checkpoint_is_refused_with_one_line_that_names_the_fault(check
     with pytest.raises(CheckpointFormatError, match=message) as caught:
         load_pipeline(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_in_16_bit_without_one_of_its_weights_does_not_run_on_random_ones(source, tmp_path):
+    folder = shutil.copytree(source / "text_encoder", tmp_path / "broken")
+    drop_tensor(folder / "model.safetensors", "layer_norm1.weight")
+    with pytest.raises(CheckpointFormatError, match=r"broken: .*layer_norm1.weight: missing from the weights"):
+        load_model(folder)
+
+
+def test_a_pipeline_given_as_a_model_is_told_to_be_loaded_as_one(source):
+    with pytest.raises(CheckpointFormatError, match="is a pipeline; load it with load_pipeline"):
+        load_model(source)
+
+
+@pytest.mark.parametrize("load", [load_pipeline, load_model])
+def test_a_dtype_that_is_a_text_is_refused(source, load):
+    with pytest.raises(QuantkitRuntimeError, match=r"dtype 'bfloat16': not a torch.dtype; give one, as torch.bfl"):
+        load(source, dtype="bfloat16")
 
 
 @pytest.mark.parametrize(

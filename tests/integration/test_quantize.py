@@ -87,7 +87,7 @@ def test_card_and_inspect_name_what_was_set_on_top_of_the_recipe(quantize_tiny, 
     output = quantize_tiny(tmp_path / "out", text, "scheme.sym=false").output
     assert f"`) with `{text}`, `scheme.sym=false`, seed 42" in (output / "README.md").read_text()
     command(str(output))
-    assert f") with --set {text}, --set scheme.sym=false\n" in capsys.readouterr().out
+    assert f") with --set {text} --set scheme.sym=false\n" in capsys.readouterr().out
 
 
 def test_predicted_bytes_are_the_written_bytes(quantize_tiny, tmp_path):

@@ -84,3 +84,14 @@ def test_a_quantization_says_which_engine_cannot_load_its_result(run, quantize_t
     assert code == 0
     assert f"vllm-omni cannot load it (1 error): quantkit inspect {target} --servable vllm-omni" in output
     assert run("inspect", target, "--servable", "vllm-omni")[0] == 1
+
+
+@pytest.mark.parametrize("manifest", ["{}", '{"created": 1, "recipe": "x", "source": null}'])
+def test_a_manifest_that_lost_its_content_is_told_of_below_the_table(run, breakable, manifest):
+    model = breakable("flux")
+    path = model.folder / "quantkit.json"
+    path.unlink()
+    path.write_text(manifest)
+    code, output, told = run("inspect", model.folder)
+    assert (code, told) == (0, f"warning: {path}: does not say what the checkpoint was made from\n")
+    assert "transformer" in output

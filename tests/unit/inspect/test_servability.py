@@ -50,6 +50,11 @@ def of_another_library(_model, _monkeypatch):
     pass
 
 
+@breaks("files", vllm_omni="flux", diffusers="flux-g128")
+def a_component_without_its_config(model, _monkeypatch):
+    (model.folder / "vae" / "config.json").unlink()
+
+
 @breaks("files")
 def truncated_weights(model, _monkeypatch):
     content = model.weights.read_bytes()

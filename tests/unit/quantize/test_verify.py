@@ -231,3 +231,9 @@ def test_metadata_of_an_unknown_method_is_refused(checkpoint):
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"config\.json: quantization_config\.quant_method: 'gptq'"):
         verify(checkpoint)
+
+
+@pytest.mark.parametrize("lost", ["vae/config.json", "text_encoder/config.json"])
+def test_a_component_without_its_config_is_found_without_the_source(checkpoint, lost):
+    (checkpoint / lost).unlink()
+    assert verify(checkpoint).problems == [f"{checkpoint / lost}: is missing"]
