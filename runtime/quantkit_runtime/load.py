@@ -237,7 +237,12 @@ def _from_pretrained(files: WeightFiles, model_class: Any, dtype: torch.dtype) -
     model: nn.Module
     with library_errors(files.folder):
         model, report = load(
-            files.folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            # As text, because diffusers keeps it in the configuration, which is written as JSON.
+            str(files.folder),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
         if speaks:
             model_class.load_speakers(model, files.folder / _SPEAKERS)
