@@ -122,7 +122,7 @@ def run(architecture: Architecture, cases: Sequence[Case], options: argparse.Nam
         }
         budget.log(f"{variant}: {stored:.2f} GB, backends {', '.join(backends) or 'none'}")
         for mode in sorted(options.modes, key=MODES.index):
-            if mode == "compiled" or (mode == "compiled-graph" and "compiled" not in options.modes):
+            if mode.startswith("compiled"):
                 model.compile_repeated_blocks(fullgraph=True)
             for case in cases:
                 row = {

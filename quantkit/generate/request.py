@@ -19,7 +19,7 @@ from quantkit.generate.media import check_video_encoder
 from quantkit.recipe.prompts import Prompt
 from quantkit.recipe.schema import Sampling, Task
 from quantkit.staging import stage
-from quantkit_runtime.choice import check_choice
+from quantkit_runtime.choice import check_choice, check_cuda_graphs
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".gif", "")
@@ -110,7 +110,8 @@ def prepare(request: Request) -> Job:
 
     Raises:
         RecipeError: If an option does not fit the family or this machine.
-        BackendUnavailableError: If compute or backend are unknown, or the model has no packed layers to go to.
+        BackendUnavailableError: If compute or backend are unknown, or the model has no packed layers to go to, or
+            CUDA graphs cannot be had.
         UnsupportedModelError: If no family knows the model, or guidance cannot be run in parallel.
         OutputError: If the output exists (without ``overwrite``), cannot be written or has the wrong suffix.
         MissingExtraError: If a library that the output needs is not installed.
@@ -136,7 +137,9 @@ def prepare(request: Request) -> Job:
     _check_inputs(request.prompt, family.name, family.task)
     device = resolve_device(request.device)
     if request.cuda_graphs:
-        _check_recordable(request, family, device.type)
+        if family.task == "chat":
+            raise RecipeError("--cuda-graphs: an answer has no denoising steps to record; leave it out")
+        check_cuda_graphs(device.type, shares_weights=request.tensor_parallel > 1)
     resolve_dtype(request.dtype)
     check_choice(request.model, compute=request.compute, backend=request.backend)
     ranks = _count_ranks(request)
@@ -153,15 +156,6 @@ def prepare(request: Request) -> Job:
     for replica in range(request.replicas):
         _check_output(request, job.output_of(replica), family, tasks, sampling)
     return job
-
-
-def _check_recordable(request: Request, family: Family, device: str) -> None:
-    if family.task == "chat":
-        raise RecipeError("--cuda-graphs: an answer has no denoising steps to record; leave it out")
-    if device != "cuda":
-        raise RecipeError(f"--cuda-graphs: needs a CUDA device, not {device}; leave it out")
-    if request.tensor_parallel > 1:
-        raise RecipeError("--cuda-graphs: ranks that share weights are not recorded; leave out --tensor-parallel")
 
 
 def _count_ranks(request: Request) -> int:
@@ -208,7 +202,9 @@ def _check_output(
         raise OutputError(f"{output}: is {kind}; give another --output")
     if output.suffix.lower() == ".mp4":
         check_video_encoder()
-    if int(os.environ.get("RANK", "0")) > 0:  # all ranks of torchrun at once would be in each other's way
+    from quantkit_runtime.parallel.launch import launched
+
+    if launched() and os.environ["RANK"] != "0":  # all ranks at once would be in each other's way
         return
     pixels = (sampling.height or 0) * (sampling.width or 0) * (sampling.num_frames or 1)
     with stage(output, overwrite=request.overwrite, need_bytes=pixels * _BYTES_PER_PIXEL, marker=marker_of(output)):

@@ -1,4 +1,4 @@
-"""What callers choose by name for packed layers: how they compute, and the backend of their kernels.
+"""What callers choose: for packed layers by name how they compute and the backend of their kernels; CUDA graphs.
 
 Looking at a model reads its configurations alone; torch is imported only once a name has to be known.
 """
@@ -52,4 +52,23 @@ def check_choice(*folders: Path, compute: str, backend: str) -> None:
         raise BackendUnavailableError(
             f"{' and '.join(named)}: only for packed layers, and {models} "
             f"{'is' if len(folders) == 1 else 'are'} not quantized; leave it out"
+        )
+
+
+def check_cuda_graphs(device: str, *, shares_weights: bool) -> None:
+    """Refuse, before anything is loaded, to record steps where that cannot be done.
+
+    Args:
+        device: Where the model will run.
+        shares_weights: Whether several ranks share its weights; what they tell each other is not recorded.
+
+    Raises:
+        BackendUnavailableError: It is no CUDA device, or ranks share the weights.
+    """
+    if not device.startswith("cuda"):
+        raise BackendUnavailableError(f"CUDA graphs need a CUDA device, not {device}; leave them out")
+    if shares_weights:
+        raise BackendUnavailableError(
+            "CUDA graphs do not record what ranks that share weights tell each other; leave them out, or tensor "
+            "parallelism"
         )

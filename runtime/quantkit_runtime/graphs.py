@@ -78,25 +78,6 @@ class CudaGraph:
         self._graph.replay()
 
 
-def check_recordable(device: torch.device, group: Any = None) -> None:
-    """Refuse, before anything is loaded, what cannot be recorded.
-
-    Args:
-        device: Where it would run.
-        group: Of the ranks that share its weights, None if there are no others.
-
-    Raises:
-        QuantkitRuntimeError: It would run elsewhere than on a CUDA device, or on ranks that share weights.
-    """
-    if device.type != "cuda":
-        raise QuantkitRuntimeError(f"cuda_graphs: needs a CUDA device, not {device}; load it without cuda_graphs")
-    if group is not None:
-        raise QuantkitRuntimeError(
-            "cuda_graphs: what ranks that share weights tell each other is not recorded; load it without "
-            "cuda_graphs, or without tensor_parallel"
-        )
-
-
 def record_pipeline(pipeline: Any) -> None:
     """Let the denoisers of a diffusers pipeline run as CUDA graphs from their second call on.
 

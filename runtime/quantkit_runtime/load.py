@@ -21,7 +21,7 @@ from torch import nn
 from quantkit_runtime.architecture import build_transformers, class_of, find_class, is_own, library_errors
 from quantkit_runtime.assembly import assemble, check_none_missing
 from quantkit_runtime.checkpoint import WeightFiles, read_json
-from quantkit_runtime.choice import check_choice
+from quantkit_runtime.choice import check_choice, check_cuda_graphs
 from quantkit_runtime.compilation import compile_model, compile_pipeline
 from quantkit_runtime.config import QuantizationConfig, quantization_of
 from quantkit_runtime.download import download
@@ -31,7 +31,7 @@ from quantkit_runtime.errors import (
     ParallelError,
     QuantkitRuntimeError,
 )
-from quantkit_runtime.graphs import check_recordable, record_pipeline
+from quantkit_runtime.graphs import record_pipeline
 from quantkit_runtime.models.glm_image import split_pictures
 from quantkit_runtime.optional import import_optional
 from quantkit_runtime.parallel.plans import ENCODERS, has_plan
@@ -75,17 +75,16 @@ def load_pipeline(
     Raises:
         ParallelError: The denoiser cannot be shared by so many ranks.
         CheckpointFormatError: The folder is not a pipeline, or its files are damaged, contradictory or unknown.
-        BackendUnavailableError: Device, compute mode or backend are not available here, or the latter two have no
-            packed layer to go to.
+        BackendUnavailableError: Device, compute mode, backend or CUDA graphs are not available here, or compute
+            mode and backend have no packed layer to go to.
         MissingDependencyError: diffusers is not installed.
-        QuantkitRuntimeError: ``dtype`` is no dtype, ``compile`` finds no repeated blocks, or ``cuda_graphs`` no
-            CUDA device.
+        QuantkitRuntimeError: ``dtype`` is no dtype, or ``compile`` finds no repeated blocks.
     """
     target = available_device(device)
     _check_dtype(dtype)
     group = _group(tensor_parallel)
     if cuda_graphs:
-        check_recordable(target, group)
+        check_cuda_graphs(target.type, shares_weights=group is not None)
     folder = local_folder(path)
     index_path = folder / "model_index.json"
     if (folder / "config.json").is_file() and is_own(read_json(folder / "config.json")):
@@ -115,8 +114,8 @@ def load_pipeline(
             continue
         quantization = quantization_of(read_json(config_path), config_path)
         shared = group is not None and _is_shared(entry, index_path)
-        files = _open_weights(folder / name, quantization)  # damage shows here, with the file's name
-        if quantization is None and not shared:
+        files = _open_unpacked(folder / name) if quantization is None else None
+        if files is not None and not shared:
             if entry[0] in ("diffusers", "transformers"):
                 loaded[name] = _from_pretrained(files, find_class(entry[0], entry[1], index_path), dtype)
             continue
@@ -201,10 +200,10 @@ def load_model(
     quantization = quantization_of(config, config_path)
     if (generation := folder / _GENERATION).is_file():
         read_json(generation)  # damage shows here: transformers would go on without it
-    files = _open_weights(folder, quantization)
+    files = _open_unpacked(folder) if quantization is None else None
     group = _group(tensor_parallel)
     model: nn.Module
-    if quantization is not None or is_own(config) or group is not None:
+    if files is None or is_own(config) or group is not None:
         model = _assemble(
             folder, model_class, quantization, target, dtype, compute=compute, backend=backend, group=group
         )
@@ -220,9 +219,10 @@ def _check_dtype(dtype: Any) -> None:
         raise QuantkitRuntimeError(f"dtype {dtype!r}: not a torch.dtype; give one, as torch.bfloat16")
 
 
-def _open_weights(folder: Path, quantization: QuantizationConfig | None) -> WeightFiles:
+def _open_unpacked(folder: Path) -> WeightFiles:
+    """Open weights that no ``quantization_config`` says to be packed; damage shows here, with the file's name."""
     files = WeightFiles(folder)
-    if quantization is None and any(name.endswith(".qweight") for name in files.tensors):
+    if any(name.endswith(".qweight") for name in files.tensors):
         raise CheckpointFormatError(
             f"{folder / 'config.json'}: has no quantization_config, but the weights are packed; "
             "copy the checkpoint again"

@@ -8,8 +8,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from quantkit_runtime import load
-from quantkit_runtime.errors import CheckpointFormatError, QuantkitRuntimeError
-from quantkit_runtime.graphs import check_recordable, record_calls
+from quantkit_runtime.choice import check_cuda_graphs
+from quantkit_runtime.errors import BackendUnavailableError, CheckpointFormatError, QuantkitRuntimeError
+from quantkit_runtime.graphs import record_calls
 
 
 class Denoiser(nn.Module):
@@ -156,10 +157,10 @@ def test_work_that_cannot_be_recorded_is_an_error_that_says_why():
 
 
 def test_other_devices_and_shared_weights_are_refused_before_loading():
-    with pytest.raises(QuantkitRuntimeError, match="needs a CUDA device, not cpu"):
-        check_recordable(torch.device("cpu"))
-    with pytest.raises(QuantkitRuntimeError, match="or without tensor_parallel"):
-        check_recordable(torch.device("cuda"), object())
+    with pytest.raises(BackendUnavailableError, match="CUDA graphs need a CUDA device, not cpu; leave them out"):
+        load.load_pipeline("./nowhere", device="cpu", cuda_graphs=True)
+    with pytest.raises(BackendUnavailableError, match="leave them out, or tensor parallelism"):
+        check_cuda_graphs("cuda", shares_weights=True)
 
 
 def test_a_rank_that_shares_its_weights_with_none_may_record(monkeypatch):

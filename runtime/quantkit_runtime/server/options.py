@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from quantkit_runtime.choice import check_choice, is_packed
+from quantkit_runtime.choice import check_choice, check_cuda_graphs, is_packed
 from quantkit_runtime.server.protocol import ModelSpec
 from quantkit_runtime.server.settings import Cluster, Limits, Settings, SettingsError, read_api_keys
 
@@ -106,7 +106,7 @@ def make_settings(models: list[tuple[str, str]], loading: ModelSpec, **server: A
     Raises:
         SettingsError: An option cannot be used, or two models have one name.
         BackendUnavailableError: This machine does not have the device (a cluster's may), or compute mode or backend
-            are unknown or have no packed layer to go to.
+            are unknown or have no packed layer to go to, or CUDA graphs cannot be had.
         CheckpointFormatError: A model cannot be looked at for that.
     """
     if loading.dtype not in _DTYPES:
@@ -125,10 +125,8 @@ def make_settings(models: list[tuple[str, str]], loading: ModelSpec, **server: A
         from quantkit_runtime.load import available_device
 
         available_device(device)
-    if loading.cuda_graphs and not device.startswith("cuda"):
-        raise SettingsError(f"--cuda-graphs: needs a CUDA device, not {device}; leave it out")
-    if loading.cuda_graphs and loading.tensor_parallel > 1:
-        raise SettingsError("--cuda-graphs: ranks that share weights are not recorded; leave out --tensor-parallel")
+    if loading.cuda_graphs:
+        check_cuda_graphs(device, shares_weights=loading.tensor_parallel > 1)
     loading = dataclasses.replace(loading, device=device)
     unpacked = _unpacked(models, loading)
     plain = dataclasses.replace(loading, compute="auto", backend="auto")

@@ -292,13 +292,17 @@ def test_an_id_that_could_forge_log_lines_is_replaced(serve):
         (["m", "--port", "70000"], "--port 70000: must be between 0 and 65535"),
         (["m", "--drain", "nan"], "--drain nan: must be a number of seconds"),
         (["m", "--drain", "-1"], "--drain -1: must be a number of seconds"),
-        (["m", "--cuda-graphs"], "--cuda-graphs: needs a CUDA device, not cpu; leave it out"),
         (["m", "--engine", "ray", "--target-requests", "0"], "--target-requests 0: must be a positive number"),
     ],
 )
 def test_options_that_cannot_be_used_are_named(arguments, words):
     with pytest.raises(SettingsError, match=words):
         parse([*arguments, "--device", "cpu"])
+
+
+def test_recorded_steps_are_refused_where_nothing_is_recorded():
+    with pytest.raises(BackendUnavailableError, match="CUDA graphs need a CUDA device, not cpu; leave them out"):
+        parse(["m", "--cuda-graphs", "--device", "cpu"])
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "toaster"])

@@ -46,8 +46,8 @@ REFUSED = {
     ),
     "a device that records nothing": (
         {"cuda_graphs": True, "device": "cpu"},
-        RecipeError,
-        "--cuda-graphs: needs a CUDA device, not cpu; leave it out",
+        BackendUnavailableError,
+        "CUDA graphs need a CUDA device, not cpu; leave them out",
     ),
     "device": ({"device": "cuda:9"}, RecipeError, "device: 'cuda:9' is not available here"),
     "dtype": ({"dtype": "int8"}, RecipeError, "dtype: 'int8' is unknown"),
@@ -178,6 +178,7 @@ def test_of_the_ranks_of_torchrun_the_first_alone_looks_whether_the_output_can_b
     ask, tmp_path, monkeypatch
 ):
     (tmp_path / "out.png").touch()
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     ask()
     monkeypatch.setenv("RANK", "0")
